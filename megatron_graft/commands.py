@@ -1,0 +1,20 @@
+"""What every command shares: a :class:`GraftError` becomes one line and an exit code, never a traceback."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+
+from megatron_graft.errors import GraftError
+
+EXIT_BAD_INPUT = 2
+
+
+def run_command(body: Callable[[], None]) -> int:
+    """Run ``body``; return 0, or print ``error: ...`` on stderr and return :data:`EXIT_BAD_INPUT`."""
+    try:
+        body()
+    except GraftError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return EXIT_BAD_INPUT
+    return 0

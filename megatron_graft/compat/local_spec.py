@@ -1,0 +1,71 @@
+"""Two modules that Megatron's local (Transformer-Engine-free) layer spec lacks, put in by editing a copy of the spec.
+
+* A norm that may be used under sequence parallelism: the stock one refuses it, although all that is missing is the
+  ``sequence_parallel`` tag that makes Megatron sum the parameter's gradient over the tensor-parallel group.
+* Core attention through torch's scaled-dot-product kernel; the stock one is unfused and slow on CPU. It has no
+  dropout, so a model with attention dropout keeps the stock module.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core.transformer.dot_product_attention import DotProductAttention
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.torch_norm import WrappedTorchNorm
+
+
+class TaggedTorchNorm:
+    """``torch.nn.RMSNorm`` or ``LayerNorm`` whose parameters carry Megatron's sequence-parallel tag."""
+
+    def __new__(cls, config: Any, hidden_size: int, eps: float = 1e-5, **_: Any) -> torch.nn.Module:  # type: ignore[misc]
+        """Build the norm that ``config.normalization`` names, ``hidden_size`` wide."""
+        kind = torch.nn.RMSNorm if config.normalization == "RMSNorm" else torch.nn.LayerNorm
+        norm = kind(hidden_size, eps=eps).to(config.params_dtype)
+        for parameter in norm.parameters():
+            parameter.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+        return norm
+
+
+class FusedCoreAttention(DotProductAttention):  # type: ignore[misc]
+    """Causal attention by ``scaled_dot_product_attention``; same arguments and shapes as the class it replaces."""
+
+    def forward(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attention_mask: Any, *_: Any, **__: Any
+    ) -> torch.Tensor:
+        """``[s, b, heads, d]`` each -> ``[s, b, heads * d]``; the mask is causal whatever is passed."""
+        q, k, v = (tensor.permute(1, 2, 0, 3) for tensor in (query, key, value))
+        context = F.scaled_dot_product_attention(
+            q, k, v, is_causal=True, scale=self.softmax_scale, enable_gqa=q.shape[1] != k.shape[1]
+        )
+        return context.permute(2, 0, 1, 3).reshape(query.shape[0], query.shape[1], -1)
+
+
+def complete_local_spec(spec: Any, *, attention_dropout: float) -> Any:
+    """Return a copy of a (nested) local spec with the modules above in place of the stock ones."""
+    replacements: dict[Any, Any] = {WrappedTorchNorm: TaggedTorchNorm}
+    if attention_dropout == 0.0:
+        replacements[DotProductAttention] = FusedCoreAttention
+    return _replace(copy.deepcopy(spec), replacements)
+
+
+def _replace(node: Any, replacements: dict[Any, Any]) -> Any:
+    if isinstance(node, ModuleSpec):
+        node.module = replacements.get(node.module, node.module)
+        node.submodules = _replace(node.submodules, replacements)
+    elif isinstance(node, partial):
+        keywords = {name: _replace(value, replacements) for name, value in node.keywords.items()}
+        return partial(node.func, *node.args, **keywords)
+    elif isinstance(node, list):
+        return [_replace(item, replacements) for item in node]
+    elif dataclasses.is_dataclass(node) and not isinstance(node, type):
+        for field in dataclasses.fields(node):
+            setattr(node, field.name, _replace(getattr(node, field.name), replacements))
+    elif isinstance(node, type):
+        return replacements.get(node, node)
+    return node

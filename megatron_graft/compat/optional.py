@@ -1,0 +1,47 @@
+"""Which optional packages are really there: Transformer Engine and NVIDIA apex.
+
+An import that raises anything at all counts as absent and is reported with its reason: a Transformer Engine without
+its CUDA libraries raises ``RuntimeError``, and PyPI's ``apex`` is an unrelated project that imports without error.
+"""
+
+from __future__ import annotations
+
+import importlib
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, kw_only=True)
+class Probe:
+    """What was found of one optional package.
+
+    Attributes:
+        name: the package, as a person would name it.
+        usable: whether all the symbols we rely on could be imported.
+        detail: version where usable, else the reason.
+    """
+
+    name: str
+    usable: bool
+    detail: str
+
+
+def _probe(name: str, module: str, symbols: tuple[str, ...]) -> Probe:
+    try:
+        package = importlib.import_module(module.split(".")[0])
+        loaded = importlib.import_module(module)
+    except Exception as error:  # a broken install can raise anything
+        return Probe(name=name, usable=False, detail=f"{type(error).__name__}: {error}")
+    missing = [symbol for symbol in symbols if not hasattr(loaded, symbol)]
+    if missing:
+        return Probe(name=name, usable=False, detail=f"{module} lacks {', '.join(missing)}")
+    return Probe(name=name, usable=True, detail=str(getattr(package, "__version__", "unknown version")))
+
+
+def probe_transformer_engine() -> Probe:
+    """Look for ``transformer_engine.pytorch`` with the modules that Megatron's layer spec uses."""
+    return _probe("Transformer Engine", "transformer_engine.pytorch", ("Linear", "LayerNormLinear", "RMSNorm"))
+
+
+def probe_apex() -> Probe:
+    """Look for NVIDIA apex by its fused kernels, never by its name."""
+    return _probe("NVIDIA apex", "apex.optimizers", ("FusedAdam",))

@@ -1,0 +1,175 @@
+"""The look-ahead: while the model computes, a thread reads the coming micro-batches and fetches their memory.
+
+The stream yields tokens and a sequence number; the rows stay here until :meth:`LookAhead.take` asks for them by that
+number. Megatron's rerun machinery may keep and replay what the stream yielded: rows that are no longer here are then
+simply fetched again from the tokens.
+"""
+
+from __future__ import annotations
+
+import itertools
+import queue
+import threading
+import time
+import weakref
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from megatron_graft.data.memory_fetcher import Fetched, MemoryFetcher
+from megatron_graft.data.transfer import Transfer
+
+Batch = dict[str, Any]
+SEQUENCE_NUMBER = "sequence_number"
+_PATIENCE_SECONDS = 0.2
+
+
+@dataclass
+class LookAheadStatistics:
+    """Sums since the last :meth:`LookAhead.drain_statistics`.
+
+    Attributes:
+        order_counts: int64 ``[max_order + 1]``, consumed positions by length of their match (entry 0: misses).
+        unique_rows: rows gathered after removing duplicates within a micro-batch.
+        stall_seconds: time the training thread waited for a micro-batch.
+        fetch_seconds: time the look-ahead thread spent on lookup and gather.
+        micro_batches: number consumed.
+    """
+
+    order_counts: np.ndarray
+    unique_rows: int = 0
+    stall_seconds: float = 0.0
+    fetch_seconds: float = 0.0
+    micro_batches: int = 0
+
+
+class LookAhead:
+    """Serves all streams of a process (training, validation, test).
+
+    Args:
+        fetcher: where memory comes from, or None on a rank that owns no memory site: it then only reads ahead.
+        transfer: the way to the device.
+        depth: how many micro-batches may wait, at most.
+    """
+
+    def __init__(self, fetcher: MemoryFetcher | None, transfer: Transfer, depth: int) -> None:
+        self.fetcher, self.transfer, self.depth = fetcher, transfer, depth
+        self._numbers = itertools.count()
+        self._tickets: dict[int, tuple[Any, Fetched]] = {}
+        self.statistics = self._fresh_statistics()
+
+    def _fresh_statistics(self) -> LookAheadStatistics:
+        orders = self.fetcher.bank.max_order if self.fetcher else 0
+        return LookAheadStatistics(order_counts=np.zeros(orders + 1, dtype=np.int64))
+
+    def drain_statistics(self) -> LookAheadStatistics:
+        """Return the statistics and start new ones."""
+        drained, self.statistics = self.statistics, self._fresh_statistics()
+        return drained
+
+    def stream(self, batches: Iterable[Batch]) -> MicroBatchStream:
+        """An iterator over ``batches`` that reads ahead; each yielded batch carries its sequence number."""
+        return MicroBatchStream(self, batches)
+
+    def prepare(self, batch: Batch) -> tuple[Batch, tuple[Any, Fetched] | None]:
+        """Number a batch and fetch its memory (look-ahead thread)."""
+        numbered = {**batch, SEQUENCE_NUMBER: next(self._numbers)}
+        return numbered, self._fetch(numbered)
+
+    def _fetch(self, batch: Batch) -> tuple[Any, Fetched] | None:
+        if self.fetcher is None:
+            return None
+        started = time.perf_counter()
+        fetched = self.fetcher.fetch(batch["tokens"], batch[SEQUENCE_NUMBER])
+        ticket = self.transfer.start(fetched.memory)
+        self.statistics.fetch_seconds += time.perf_counter() - started
+        return ticket, fetched
+
+    def hold(self, number: int, prepared: tuple[Any, Fetched] | None, stall_seconds: float) -> None:
+        """Keep a yielded batch's memory until it is taken (training thread)."""
+        self.statistics.stall_seconds += stall_seconds
+        self.statistics.micro_batches += 1
+        if prepared is not None:
+            self._tickets[number] = prepared
+
+    def take(self, batch: Batch) -> torch.Tensor | None:
+        """The packed memory of a batch that a stream yielded, on the device; None on a rank without sites.
+
+        Taking twice (a replayed step) fetches again.
+        """
+        if self.fetcher is None:
+            return None
+        held = self._tickets.pop(batch[SEQUENCE_NUMBER], None)
+        ticket, fetched = held if held is not None else self._fetch(batch)  # type: ignore[misc]
+        self.statistics.order_counts += fetched.order_counts
+        self.statistics.unique_rows += fetched.unique_rows
+        return self.transfer.finish(ticket)
+
+
+class _End:
+    """Put into the queue last: the loader is exhausted, or it raised."""
+
+    def __init__(self, error: BaseException | None) -> None:
+        self.error = error
+
+
+class MicroBatchStream(Iterator[Batch]):
+    """Iterator with a reading thread behind it; see :meth:`LookAhead.stream`. The thread starts at the first ``next``."""
+
+    def __init__(self, look_ahead: LookAhead, batches: Iterable[Batch]) -> None:
+        self._look_ahead, self._batches = look_ahead, batches
+        self._queue: queue.Queue[Any] = queue.Queue(maxsize=look_ahead.depth)
+        self._stop = threading.Event()
+        self._thread: threading.Thread | None = None
+        # The thread holds no reference to the stream, so dropping the stream ends the thread.
+        weakref.finalize(self, self._stop.set)
+
+    def __iter__(self) -> MicroBatchStream:
+        return self
+
+    def __next__(self) -> Batch:
+        if self._thread is None:
+            arguments = (self._look_ahead, iter(self._batches), self._queue, self._stop)
+            self._thread = threading.Thread(target=_read_ahead, args=arguments, name="graft-look-ahead", daemon=True)
+            self._thread.start()
+        started = time.perf_counter()
+        item = self._queue.get()
+        waited = time.perf_counter() - started
+        if isinstance(item, _End):
+            self._queue.put(item)
+            raise StopIteration if item.error is None else item.error
+        batch, prepared = item
+        self._look_ahead.hold(batch[SEQUENCE_NUMBER], prepared, waited)
+        return batch
+
+    def close(self) -> None:
+        """Stop the reading thread and wait for it."""
+        self._stop.set()
+        if self._thread is not None:
+            self._thread.join()
+
+
+def _read_ahead(look_ahead: LookAhead, batches: Iterator[Batch], out: queue.Queue[Any], stop: threading.Event) -> None:
+    end = _End(None)
+    try:
+        for batch in batches:
+            item = look_ahead.prepare(batch)
+            if not _put(out, item, stop):
+                return
+    except BaseException as error:  # the training thread must see it, whatever it is
+        end = _End(error)
+    _put(out, end, stop)
+
+
+def _put(out: queue.Queue[Any], item: Any, stop: threading.Event) -> bool:
+    """Put, but give up when told to stop."""
+    while not stop.is_set():
+        try:
+            out.put(item, timeout=_PATIENCE_SECONDS)
+            return True
+        except queue.Full:
+            continue
+    return False

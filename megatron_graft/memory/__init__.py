@@ -1,0 +1,1 @@
+"""The torch modules that read memory rows and add them to the residual stream."""

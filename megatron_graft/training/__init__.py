@@ -1,0 +1,1 @@
+"""Glue over ``megatron.training``: arguments, data sets, forward step, metrics, checkpoint identity, evaluation."""

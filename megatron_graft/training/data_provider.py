@@ -1,0 +1,95 @@
+"""Megatron's data sets behind our look-ahead: every rank of every pipeline stage reads its own micro-batches.
+
+The sampler is Megatron's own and a pure function of the consumed-sample counter, so ranks that share a data-parallel
+rank read the same tokens without a word between them, and a restart goes on exactly where the counter says.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
+from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig, MockGPTDataset
+from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer
+from megatron.training import get_args
+from megatron.training.datasets.data_samplers import MegatronPretrainingSampler
+from megatron.training.utils import get_blend_and_blend_per_split
+
+from megatron_graft.data.look_ahead import LookAhead, MicroBatchStream
+
+
+class DatasetProvider:
+    """What ``pretrain()`` calls for its data; hands out look-ahead streams instead of data sets.
+
+    Attributes:
+        is_distributed: tells Megatron to call it on every rank.
+    """
+
+    is_distributed = True
+
+    def __init__(self, look_ahead: LookAhead) -> None:
+        self.look_ahead = look_ahead
+
+    def __call__(
+        self, num_samples: Sequence[int], vp_stage: int | None = None
+    ) -> tuple[MicroBatchStream | None, MicroBatchStream | None, MicroBatchStream | None]:
+        """Streams for training, validation and test, from the consumed-sample counters on."""
+        args = get_args()
+        train, valid, test = build_datasets(args, num_samples)
+        return (
+            self._stream(train, args.consumed_train_samples, args.micro_batch_size, args.num_workers),
+            self._stream(valid, args.consumed_valid_samples, args.eval_micro_batch_size, args.num_workers),
+            self._stream(test, 0, args.eval_micro_batch_size, args.num_workers),
+        )
+
+    def _stream(self, dataset: Any, consumed: int, micro_batch_size: int, workers: int) -> MicroBatchStream | None:
+        if dataset is None:
+            return None
+        return self.look_ahead.stream(_loader(dataset, consumed, micro_batch_size, workers))
+
+
+def build_datasets(args: argparse.Namespace, num_samples: Sequence[int]) -> tuple[Any, Any, Any]:
+    """Megatron's (train, valid, test) ``GPTDataset``s for the run's data flags; None where a split has no data."""
+    kind = MockGPTDataset if args.mock_data else GPTDataset
+    config = dataset_config(args)
+    train, valid, test = BlendedMegatronDatasetBuilder(kind, num_samples, lambda: True, config).build()
+    return train, valid, test
+
+
+def dataset_config(args: argparse.Namespace) -> GPTDatasetConfig:
+    """Megatron's data set configuration from its own flags."""
+    blend, blend_per_split = get_blend_and_blend_per_split(args)
+    return GPTDatasetConfig(
+        random_seed=args.seed,
+        sequence_length=args.seq_length,
+        blend=blend,
+        blend_per_split=blend_per_split,
+        split=args.split,
+        num_dataset_builder_threads=args.num_dataset_builder_threads,
+        path_to_cache=args.data_cache_path,
+        mmap_bin_files=args.mmap_bin_files,
+        tokenizer=build_tokenizer(args),
+        reset_position_ids=args.reset_position_ids,
+        reset_attention_mask=args.reset_attention_mask,
+        eod_mask_loss=args.eod_mask_loss,
+        create_attention_mask=args.create_attention_mask_in_dataloader,
+        mid_level_dataset_surplus=args.mid_level_dataset_surplus,
+        allow_ambiguous_pad_tokens=args.allow_ambiguous_pad_tokens,
+    )
+
+
+def _loader(dataset: Any, consumed: int, micro_batch_size: int, workers: int) -> Iterable[dict[str, Any]]:
+    sampler = MegatronPretrainingSampler(
+        total_samples=len(dataset),
+        consumed_samples=consumed,
+        micro_batch_size=micro_batch_size,
+        data_parallel_rank=parallel_state.get_data_parallel_rank(),
+        data_parallel_size=parallel_state.get_data_parallel_world_size(),
+    )
+    return torch.utils.data.DataLoader(
+        dataset, batch_sampler=sampler, num_workers=workers, persistent_workers=workers > 0
+    )

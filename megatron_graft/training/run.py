@@ -1,0 +1,191 @@
+"""A pre-training run from outside: ``megatron.training``'s own loop with our model, data, forward step and metrics.
+
+Nothing of Megatron may be imported before :func:`megatron_graft.compat.cpu.install`; the entry point
+(:mod:`megatron_graft.training.pretrain`) sees to that.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core.enums import ModelType
+from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
+from megatron.training import pretrain, training
+from megatron.training.argument_utils import gpt_config_from_args, pretrain_cfg_container_from_args
+from megatron.training.arguments import parse_and_validate_args
+
+from megatron_graft.compat.megatron import require_megatron, use_shipped_dataset_helpers
+from megatron_graft.compat.optimizer_restart import mend_optimizer_restart
+from megatron_graft.compat.rebind import rebind
+from megatron_graft.data.look_ahead import LookAhead
+from megatron_graft.data.memory_fetcher import MemoryFetcher, SequenceSlice
+from megatron_graft.data.transfer import CudaTransfer, HostTransfer
+from megatron_graft.files import write_json_atomically
+from megatron_graft.models.gpt import layer_spec_factory
+from megatron_graft.training.arguments import GraftSettings, add_graft_arguments, graft_settings
+from megatron_graft.training.data_provider import DatasetProvider
+from megatron_graft.training.forward_step import ForwardStep
+from megatron_graft.training.identity import (
+    ARGUMENT,
+    check_checkpoint_identity,
+    check_same_on_all_ranks,
+    memory_identity,
+)
+from megatron_graft.training.memory_setup import RunMemory, open_run_memory
+from megatron_graft.training.metrics import RunMetrics
+
+RUN_FILE = "run.json"
+METRICS_FILE = "metrics.jsonl"
+
+
+def parse_arguments() -> tuple[argparse.Namespace, GraftSettings, RunMemory | None]:
+    """Read ``sys.argv``, check every flag and artefact, and open the run's memory.
+
+    Raises:
+        GraftError: whatever is wrong with them, before any process group exists.
+    """
+    require_megatron()
+    use_shipped_dataset_helpers()
+    mend_optimizer_restart()
+    args = parse_and_validate_args(
+        extra_args_provider=add_graft_arguments, args_defaults={"dataloader_type": "external"}
+    )
+    settings = graft_settings(args)
+    memory = open_run_memory(settings, args)
+    identity = memory_identity(memory)
+    check_checkpoint_identity(args, identity)
+    setattr(args, ARGUMENT, identity)
+    return args, settings, memory
+
+
+def model_config(args: argparse.Namespace, memory: RunMemory | None) -> Any:
+    """Megatron's GPT configuration of the run, with our layer spec in it."""
+    config = gpt_config_from_args(args)
+    config.transformer_layer_spec = layer_spec_factory(memory.layers if memory else (), memory.site if memory else None)
+    return config
+
+
+def build_look_ahead(
+    args: argparse.Namespace, settings: GraftSettings, memory: RunMemory | None, transformer_config: Any
+) -> LookAhead:
+    """The look-ahead of this rank: it fetches only if one of the run's sites lies on this pipeline stage.
+
+    Called once process groups exist.
+    """
+    from megatron.core import parallel_state
+
+    on_cuda = torch.device(torch.cuda.current_device()).type == "cuda"
+    transfer = CudaTransfer(torch.device("cuda", torch.cuda.current_device())) if on_cuda else HostTransfer()
+    per_step = args.global_batch_size // (args.micro_batch_size * args.data_parallel_size)
+    depth = settings.look_ahead or max(2, per_step)
+    fetcher = None
+    if memory is not None and sites_on_this_stage(args, memory.layers, transformer_config):
+        ranks = parallel_state.get_tensor_model_parallel_world_size() if args.sequence_parallel else 1
+        part = parallel_state.get_tensor_model_parallel_rank() if ranks > 1 else 0
+        fetcher = MemoryFetcher(memory.bank, memory.index, SequenceSlice(part=part, parts=ranks), pin=on_cuda)
+    return LookAhead(fetcher, transfer, depth)
+
+
+def sites_on_this_stage(args: argparse.Namespace, layers: tuple[int, ...], transformer_config: Any) -> list[int]:
+    """Which of the given global layer numbers this pipeline stage holds."""
+    from megatron.core.transformer.transformer_block import get_num_layers_to_build
+
+    first = get_transformer_layer_offset(transformer_config) + 1
+    count = get_num_layers_to_build(transformer_config)
+    return [layer for layer in layers if first <= layer < first + count]
+
+
+def run_pretraining() -> None:
+    """Parse, check, train."""
+    started = time.time()
+    args, settings, memory = parse_arguments()
+    if settings.run_dir is not None and args.rank == 0:
+        _record_command(settings.run_dir, started)
+    config = model_config(args, memory)
+    setup = _DeferredSetup(args, settings, memory, config.transformer)
+    config.post_wrap_hooks.append(setup.after_model_is_built)
+    rebind(training, "training_log", _TRAINING_LOG, setup.with_metrics)
+    pretrain(
+        pretrain_cfg_container_from_args(args, config),
+        setup.dataset_provider,
+        ModelType.encoder_or_decoder,
+        setup.forward_step,
+    )
+
+
+_TRAINING_LOG = (
+    "loss_dict", "total_loss_dict", "learning_rate", "iteration", "loss_scale", "report_memory_flag", "skipped_iter",
+    "grad_norm",
+)  # fmt: skip
+
+
+class _DeferredSetup:
+    """What can only be made once ``pretrain()`` has created the process groups and the model, made then."""
+
+    def __init__(
+        self, args: argparse.Namespace, settings: GraftSettings, memory: RunMemory | None, transformer: Any
+    ) -> None:
+        self.args, self.settings, self.memory, self.transformer = args, settings, memory, transformer
+        self._last_logged = -1
+
+    @functools.cached_property
+    def look_ahead(self) -> LookAhead:
+        check_same_on_all_ranks(getattr(self.args, ARGUMENT))
+        return build_look_ahead(self.args, self.settings, self.memory, self.transformer)
+
+    @functools.cached_property
+    def metrics(self) -> RunMetrics:
+        path = None
+        if self.settings.run_dir is not None:
+            self.settings.run_dir.mkdir(parents=True, exist_ok=True)
+            path = self.settings.run_dir / METRICS_FILE
+        layers = self.memory.layers if self.memory else ()
+        return RunMetrics(self.look_ahead, layers, self.memory.bank.max_order if self.memory else 0, path)
+
+    def after_model_is_built(self, model: list[Any]) -> list[Any]:
+        self.metrics.attach(model)
+        return model
+
+    @functools.cached_property
+    def _provider(self) -> DatasetProvider:
+        return DatasetProvider(self.look_ahead)
+
+    def dataset_provider(self, num_samples: Any, vp_stage: int | None = None) -> Any:
+        return self._provider(num_samples, vp_stage)
+
+    dataset_provider.is_distributed = True  # type: ignore[attr-defined]
+
+    @functools.cached_property
+    def _step(self) -> ForwardStep:
+        return ForwardStep(self.look_ahead)
+
+    def forward_step(self, data_iterator: Any, model: Any) -> Any:
+        return self._step(data_iterator, model)
+
+    def with_metrics(self, original: Callable[..., Any]) -> Callable[..., Any]:
+        """Megatron's ``training_log``, followed by our metrics for the same step."""
+
+        @functools.wraps(original)
+        def training_log(*args: Any, **kwargs: Any) -> Any:
+            result = original(*args, **kwargs)
+            named = dict(zip(_TRAINING_LOG, args, strict=False)) | kwargs
+            if named["iteration"] != self._last_logged:
+                self._last_logged = named["iteration"]
+                self.metrics.after_step(
+                    named["loss_dict"], named["iteration"], named["grad_norm"], named["skipped_iter"]
+                )
+            return result
+
+        return training_log
+
+
+def _record_command(run_dir: Path, started: float) -> None:
+    """Keep the command line, so that evaluation can build the same model."""
+    write_json_atomically(run_dir / RUN_FILE, {"arguments": sys.argv[1:], "started": started})
