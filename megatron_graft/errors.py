@@ -46,8 +46,8 @@ class GraftError(Exception):
         return _rebuild, (type(self), self.subject, self.problem, keywords)
 
 
-def _rebuild(kind: type[GraftError], subject: str, problem: str, keywords: dict) -> GraftError:
-    return kind(subject, problem, **keywords)
+def _rebuild(kind: type[GraftError], subject: str, problem: str, keywords: dict[str, object]) -> GraftError:
+    return kind(subject, problem, **keywords)  # type: ignore[arg-type]
 
 
 class ConfigError(GraftError):

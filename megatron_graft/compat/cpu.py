@@ -250,4 +250,3 @@ def _rebind_all_to_all() -> None:
         return original(output, input, as_list(output_split_sizes), as_list(input_split_sizes), *args, **kwargs)
 
     dist.all_to_all_single = all_to_all_single
-

@@ -3,7 +3,8 @@
 With torch's AdamW underneath, megatron-core 0.19.2 cannot load what it has saved:
 
 * asking a fresh optimizer for the state to load into asserts that every parameter has a ``step`` already;
-* copying the loaded tensors looks for a ``step`` tensor that the checkpoint keeps elsewhere;
+* copying the loaded tensors writes into leaf views that require grad, and asks for a ``step`` tensor that the
+  checkpoint keeps elsewhere (or brings the fresh optimizer's own zero);
 * all parameters are then handed one shared ``step`` tensor, which advances once per parameter and iteration:
   bias correction goes wrong without a sign.
 
@@ -29,7 +30,7 @@ def mend_optimizer_restart() -> None:
         return
     optimizer = distrib_optimizer.DistributedOptimizer
     rebind(optimizer, "sharded_state_dict", ("self", "model_sharded_state_dict", "is_loading"), _create_state_first)
-    rebind(optimizer, "_set_main_param_and_optimizer_states", ("self", "model_param", "tensors"), _allow_no_step)
+    rebind(optimizer, "_set_main_param_and_optimizer_states", ("self", "model_param", "tensors"), _keep_step)
     rebind(optimizer, "load_state_dict", ("self", "state_dict"), _separate_steps)
 
 
@@ -56,10 +57,13 @@ def _create_state(optimizer: torch.optim.Optimizer) -> None:
                 }
 
 
-def _allow_no_step(original: Callable[..., Any]) -> Callable[..., Any]:
+def _keep_step(original: Callable[..., Any]) -> Callable[..., Any]:
+    """``step`` was set from the parameter groups before; what is not a tensor is left alone by the original."""
+
     @functools.wraps(original)
     def set_states(self: Any, model_param: Any, tensors: dict[str, Any]) -> Any:
-        return original(self, model_param, {"step": None, **tensors})
+        with torch.no_grad():
+            return original(self, model_param, {**tensors, "step": None})
 
     return set_states
 

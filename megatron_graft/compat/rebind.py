@@ -10,9 +10,7 @@ from typing import Any
 from megatron_graft.errors import PlatformError
 
 
-def rebind(
-    owner: ModuleType | type, name: str, parameters: tuple[str, ...], wrap: Callable[[Any], Any]
-) -> None:
+def rebind(owner: ModuleType | type, name: str, parameters: tuple[str, ...], wrap: Callable[[Any], Any]) -> None:
     """Replace ``owner.name`` by ``wrap(original)``.
 
     Args:

@@ -117,7 +117,7 @@ class _End:
 
 
 class MicroBatchStream(Iterator[Batch]):
-    """Iterator with a reading thread behind it; see :meth:`LookAhead.stream`. The thread starts at the first ``next``."""
+    """Iterator with a reading thread behind it, started by the first ``next``; see :meth:`LookAhead.stream`."""
 
     def __init__(self, look_ahead: LookAhead, batches: Iterable[Batch]) -> None:
         self._look_ahead, self._batches = look_ahead, batches

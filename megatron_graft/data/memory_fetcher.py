@@ -54,9 +54,7 @@ class MemoryFetcher:
         pin: allocate page-locked memory, for an asynchronous copy to a CUDA device.
     """
 
-    def __init__(
-        self, bank: Bank, index: SuffixIndex, sequence_slice: SequenceSlice, *, pin: bool = False
-    ) -> None:
+    def __init__(self, bank: Bank, index: SuffixIndex, sequence_slice: SequenceSlice, *, pin: bool = False) -> None:
         self.bank, self.index, self.slice, self.pin = bank, index, sequence_slice, pin
 
     def fetch(self, tokens_BS: torch.Tensor, sequence_number: int) -> Fetched:

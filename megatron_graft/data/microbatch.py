@@ -126,7 +126,7 @@ class MicroBatchMemory:
 
     def used_bytes(self) -> int:
         """How many leading bytes of ``packed`` carry content (host side only)."""
-        return self.rows_PD.storage_offset() * 2 + int(self.header[5]) * self.rows_PD.shape[1] * 2
+        return int(self.rows_PD.storage_offset()) * 2 + int(self.header[5]) * self.rows_PD.shape[1] * 2
 
     def row_bits(self) -> np.ndarray:
         """The rows as uint16 ``[P + 1, D]``, the form in which a bank gathers (host side only)."""

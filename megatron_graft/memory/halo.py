@@ -14,9 +14,7 @@ import torch.distributed as dist
 from megatron_graft.errors import ConfigError
 
 
-def left_context(
-    x_SBH: torch.Tensor, halo: int, group: dist.ProcessGroup | None
-) -> torch.Tensor:
+def left_context(x_SBH: torch.Tensor, halo: int, group: dist.ProcessGroup | None) -> torch.Tensor:
     """The ``halo`` positions before this rank's slice; zeros before the sequence's beginning.
 
     Args:

@@ -46,7 +46,7 @@ class MemoryLayerMixin:
         return output, context
 
     def sharded_state_dict(
-        self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
+        self, prefix: str = "", sharded_offsets: tuple[Any, ...] = (), metadata: dict[str, Any] | None = None
     ) -> dict[str, Any]:
         """The stock layer's keys, and the site's under its own, offset-free prefix."""
         site = self._modules.pop(_NAME)  # type: ignore[attr-defined]

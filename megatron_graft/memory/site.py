@@ -107,9 +107,7 @@ class MemorySite(MegatronModule):  # type: ignore[misc]
             self.statistics.add(gate_SB1, memory.order_BS, delta_SBH, hidden_SBH)
         return hidden_SBH + delta_SBH
 
-    def _gated_value(
-        self, hidden_SBH: torch.Tensor, memory: MicroBatchMemory
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def _gated_value(self, hidden_SBH: torch.Tensor, memory: MicroBatchMemory) -> tuple[torch.Tensor, torch.Tensor]:
         rows_SBD = F.embedding(memory.inverse_BS.t(), memory.rows_PD).to(self.key_weight.dtype)
         key_SBH = F.linear(rows_SBD, self.key_weight)
         value_SBH = F.linear(rows_SBD, self.value_weight)
@@ -132,7 +130,7 @@ class MemorySite(MegatronModule):  # type: ignore[misc]
         return F.rms_norm(x, (x.shape[-1],), weight, self.config.layernorm_epsilon)
 
     def sharded_state_dict(
-        self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
+        self, prefix: str = "", sharded_offsets: tuple[Any, ...] = (), metadata: dict[str, Any] | None = None
     ) -> dict[str, Any]:
         """The site's parameters, each saved once by the group; see :mod:`megatron_graft.memory.layer` for the keys."""
         return make_sharded_tensors_for_checkpoint(

@@ -20,12 +20,10 @@ from megatron_graft.compat.local_spec import complete_local_spec
 from megatron_graft.memory.layer import with_memory_site
 from megatron_graft.memory.site import SiteConfig
 
-LayerSpec = ModuleSpec | TransformerBlockSubmodules
+type LayerSpec = ModuleSpec | TransformerBlockSubmodules
 
 
-def layer_spec_factory(
-    site_layers: Sequence[int], site: SiteConfig | None
-) -> Callable[..., LayerSpec]:
+def layer_spec_factory(site_layers: Sequence[int], site: SiteConfig | None) -> Callable[..., LayerSpec]:
     """What to put into ``GPTModelConfig.transformer_layer_spec``.
 
     Args:

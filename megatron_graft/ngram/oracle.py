@@ -1,4 +1,4 @@
-"""The definition of longest-suffix lookup, written to be read, not to be fast. Every other lookup must agree with it."""
+"""The definition of longest-suffix lookup, written to be read, not to be fast: every other lookup must agree."""
 
 from __future__ import annotations
 

@@ -32,7 +32,7 @@ class ForwardStep:
         timers("batch-generator", log_level=2).start()
         batch = next(data_iterator)
         packed = self.look_ahead.take(batch)
-        tensors = {
+        tensors: dict[str, Any] = {
             name: batch[name].cuda(non_blocking=True) if batch.get(name) is not None else None for name in _ON_DEVICE
         }
         timers("batch-generator").stop()

@@ -1,0 +1,88 @@
+# Two commands for a newcomer: `make pretrain` and `make test`. `make help` lists the rest.
+#
+#   VENV=<dir>     virtual environment to use or create (default .venv). Several checkouts may share one: this
+#                  package is never installed into it; it is found through PYTHONPATH and built in place.
+#   PYTHON=<path>  interpreter a new environment is made with (default: found on PATH or under pyenv).
+#   RUN_NAME=<n>   the run's directory below runs/ (the script names the default).
+#   ARGS="..."     further Megatron flags for `make pretrain`; they win over the script's own.
+#   TESTS="..."    what `make test` runs (default: all of tests/).
+
+VENV ?= .venv
+TESTS ?= tests
+ifneq ($(words $(VENV)),1)
+$(error VENV must be one path without spaces, got "$(VENV)")
+endif
+override VENV := $(abspath $(VENV))
+export VIRTUAL_ENV := $(VENV)
+export PATH := $(VENV)/bin:$(PATH)
+export PYTHONPATH := $(CURDIR)$(if $(PYTHONPATH),:$(PYTHONPATH))
+
+PYTHON_SOURCES := megatron_graft tools tests scripts setup.py
+CPP_SOURCES = $(shell find csrc -name '*.cpp' -o -name '*.hpp' -o -name '*.h')
+SHELL_SOURCES = .ci/run $(shell find scripts examples tools tests -name '*.sh' -o -name '*.sbatch')
+
+SHELL := bash
+.SHELLFLAGS := -eu -o pipefail -c
+MAKEFLAGS += --no-print-directory
+.DEFAULT_GOAL := help
+.PHONY: help setup native pretrain pretrain-baseline test check lint types lint-cpp lint-shell lint-docker rules \
+        format lock wheel clean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@echo "Variables: VENV=<dir> PYTHON=<path> ARGS=\"<megatron flags>\" RUN_NAME=<name> TESTS=\"<pytest arguments>\""
+
+setup: ## create VENV and install requirements.lock into it (does nothing when that is done)
+	@if [ -x $(VENV)/bin/python ]; then python=$(VENV)/bin/python; else python=$$(scripts/find_python.sh); fi; \
+	    "$$python" scripts/setup_environment.py $(VENV)
+
+native: setup ## build the C++ extension in place
+	@scripts/require_compiler.sh
+	@python setup.py --quiet build_ext --inplace
+
+pretrain: native ## the main job: corpus, tokenizer, bank, training, evaluation, report in runs/RUN_NAME
+	@bash examples/pretrain_graft_moe.sh $(ARGS)
+
+pretrain-baseline: native ## the same run with no memory, as runs/baseline
+	@GRAFT_BANK=none RUN_NAME=baseline bash examples/pretrain_graft_moe.sh $(ARGS)
+
+test: native ## run the tests
+	@python -m pytest $(TESTS)
+
+check: lint types lint-cpp lint-shell lint-docker rules ## formatting, lint, types and the house's rules
+
+lint: setup
+	@ruff format --check $(PYTHON_SOURCES)
+	@ruff check $(PYTHON_SOURCES)
+
+types: setup
+	@mypy
+
+lint-cpp: setup
+	@clang-format --dry-run --Werror $(CPP_SOURCES)
+
+lint-shell: setup
+	@shellcheck $(SHELL_SOURCES)
+
+lint-docker: setup
+	@hadolint Dockerfile
+
+rules: setup
+	@python -m pytest -q tests/unit/test_architecture.py tests/unit/test_house_rules.py
+
+format: setup ## rewrite the sources in the house's format
+	@ruff format $(PYTHON_SOURCES)
+	@ruff check --fix $(PYTHON_SOURCES)
+	@clang-format -i $(CPP_SOURCES)
+
+lock: setup ## rewrite requirements.lock from what is installed in VENV
+	@python scripts/lock_requirements.py write
+
+wheel: setup ## build the wheel into dist/
+	@scripts/require_compiler.sh
+	@python -m build --no-isolation
+
+clean: ## remove what was built (not VENV, not runs/)
+	@rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	@find megatron_graft tools tests scripts -name __pycache__ -prune -exec rm -rf {} +
+	@find megatron_graft -name '*.so' -delete

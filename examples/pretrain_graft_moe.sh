@@ -1,0 +1,218 @@
+#!/usr/bin/env bash
+""":" # Bash runs the no-op command ":" here and goes on; Python reads the start of a string that ends at the bottom.
+#
+# Pre-train a GPT-MoE with a grafted n-gram memory on real text. The same file, either way:
+#
+#     bash examples/pretrain_graft_moe.sh [Megatron flags]                               # starts torchrun itself
+#     torchrun --nproc-per-node=2 examples/pretrain_graft_moe.sh [Megatron flags]        # is started by torchrun
+#
+# Flags given here are appended to the script's own and win. With nothing else set, text, tokenizer, data, donor and
+# bank are made under WORK_DIR first (finished stages are skipped), and the run is evaluated and reported at its end
+# under runs/RUN_NAME. Run it again to resume.
+#
+# Environment:
+#   DATA_PATH         your own .bin/.idx prefix (or blend); needs TOKENIZER_MODEL. SPLIT is its --split.
+#   TEXT, FOREIGN     or: your own .txt/.jsonl files, space-separated, in place of the default corpus
+#   TOKENIZER_MODEL   SentencePiece .model or Hugging Face tokenizer.json
+#   GRAFT_BANK        a bank directory; "none" trains the stock model
+#   GRAFT_LAYERS      layers that get a memory site (default "2 3")
+#   DONOR             packaged donor's name or a local causal-LM directory, for building the bank
+#   BANK_ARGUMENTS    further flags for tools/build_bank.py
+#   RUN_NAME, RUNS_DIR, WORK_DIR, DEVICE (cpu or cuda)
+#   GPUS_PER_NODE, NUM_NODES, NODE_RANK, MASTER_ADDR, MASTER_PORT   as in Megatron's own examples
+set -euo pipefail
+
+HERE="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
+RUN_NAME="${RUN_NAME:-graft_moe}"
+RUN_DIR="${RUNS_DIR:-runs}/${RUN_NAME}"
+WORK_DIR="${WORK_DIR:-work}"
+GRAFT_BANK="${GRAFT_BANK:-}"
+read -ra GRAFT_LAYERS <<< "${GRAFT_LAYERS:-2 3}"
+DEVICE="${DEVICE:-$(nvidia-smi -L > /dev/null 2>&1 && echo cuda || echo cpu)}"
+
+# A checkout is used in place; from an installed package this file lies inside it and Python finds the rest.
+if [ -d "${HERE}/../megatron_graft" ]; then
+    ROOT="$(cd "${HERE}/.." && pwd)"
+    export PYTHONPATH="${ROOT}${PYTHONPATH:+:${PYTHONPATH}}"
+    tool() { python "${HERE}/../tools/$1.py" "${@:2}"; }
+else
+    tool() { python -m "megatron_graft.tools.$1" "${@:2}"; }
+fi
+
+# ---------------------------------------------------------------- what the run needs
+PREPARE_ARGS=(--work-dir "${WORK_DIR}")
+[ -n "${TEXT:-}" ] && { read -ra FILES <<< "${TEXT}"; PREPARE_ARGS+=(--input "${FILES[@]}"); }
+[ -n "${FOREIGN:-}" ] && { read -ra FILES <<< "${FOREIGN}"; PREPARE_ARGS+=(--foreign "${FILES[@]}"); }
+[ -n "${TOKENIZER_MODEL:-}" ] && PREPARE_ARGS+=(--tokenizer-model "${TOKENIZER_MODEL}")
+[ -n "${GRAFT_BANK}" ] && PREPARE_ARGS+=(--bank "${GRAFT_BANK}")
+[ -n "${DONOR:-}" ] && PREPARE_ARGS+=(--donor "${DONOR}")
+TOKENIZER_MODEL="${TOKENIZER_MODEL:-${WORK_DIR}/tokenizer/tokenizer.model}"
+if [ -n "${DATA_PATH:-}" ]; then
+    read -ra BLEND <<< "${DATA_PATH}"
+    SPLIT="${SPLIT:-969,30,1}"
+    PREPARE_ARGS+=(--data-path "${BLEND[@]}" --split "${SPLIT}")
+    DATA_ARGS=(--data-path "${BLEND[@]}" --split "${SPLIT}")
+else
+    DATA_ARGS=(
+        --train-data-path "${WORK_DIR}/data/train_text_document"
+        --valid-data-path "${WORK_DIR}/data/heldout_text_document"
+    )
+fi
+[ -n "${BANK_ARGUMENTS:-}" ] && { read -ra FILES <<< "${BANK_ARGUMENTS}"; PREPARE_ARGS+=(--bank-arguments "${FILES[@]}"); }
+case "${TOKENIZER_MODEL}" in
+    *.model) TOKENIZER_TYPE=SentencePieceTokenizer ;;
+    *.json) TOKENIZER_TYPE=HuggingFaceTokenizer TOKENIZER_MODEL="$(dirname "${TOKENIZER_MODEL}")" ;; # Megatron wants its directory
+    *) TOKENIZER_TYPE=HuggingFaceTokenizer ;;
+esac
+DATA_ARGS+=(
+    --tokenizer-type "${TOKENIZER_TYPE}"
+    --tokenizer-model "${TOKENIZER_MODEL}"
+    --data-cache-path "${WORK_DIR}/index-cache"
+    --no-create-attention-mask-in-dataloader
+    --num-workers 0 # our look-ahead thread reads already
+)
+
+# ---------------------------------------------------------------- model
+MODEL_ARGS=(
+    --num-layers 4
+    --hidden-size 256
+    --ffn-hidden-size 512
+    --num-attention-heads 4
+    --seq-length 256
+    --max-position-embeddings 256
+    --position-embedding-type rope
+    --normalization RMSNorm
+    --swiglu
+    --disable-bias-linear
+    --attention-dropout 0
+    --hidden-dropout 0
+    --init-method-std 0.02
+)
+MOE_ARGS=(
+    --num-experts 4
+    --moe-router-topk 2
+    --moe-router-load-balancing-type aux_loss
+    --moe-aux-loss-coeff 1e-2
+    --moe-token-dispatcher-type alltoall
+)
+MEMORY_ARGS=()
+if [ "${GRAFT_BANK}" != none ]; then
+    MEMORY_ARGS=(--graft-bank "${GRAFT_BANK:-${WORK_DIR}/bank}" --graft-layers "${GRAFT_LAYERS[@]}")
+fi
+
+# ---------------------------------------------------------------- training
+TRAINING_ARGS=(
+    --micro-batch-size 8
+    --global-batch-size 16
+    --train-iters 400
+    --lr 2e-3
+    --min-lr 2e-4
+    --lr-decay-style cosine
+    --lr-warmup-fraction 0.1
+    --weight-decay 0.1
+    --adam-beta1 0.9
+    --adam-beta2 0.95
+    --clip-grad 1.0
+    --seed 1234
+)
+LOGGING_ARGS=(
+    --log-interval 10
+    --eval-interval 200
+    --eval-iters 4
+    --tensorboard-dir "${RUN_DIR}/tensorboard"
+    --graft-run-dir "${RUN_DIR}"
+)
+CHECKPOINT_ARGS=(
+    --save "${RUN_DIR}/checkpoints"
+    --load "${RUN_DIR}/checkpoints"
+    --save-interval 100
+    --ckpt-format torch_dist
+    --exit-signal-handler
+)
+
+# ---------------------------------------------------------------- device
+if [ "${DEVICE}" = cuda ]; then # written for a GPU cluster; has not been run on one
+    PROCESSES="${GPUS_PER_NODE:-$(nvidia-smi -L | wc -l)}"
+    IMPLEMENTATION="$(python -c '
+from megatron_graft.compat.optional import probe_transformer_engine as probe
+print("transformer_engine" if probe().usable else "local")')"
+    DEVICE_ARGS=(--distributed-backend nccl --bf16 --transformer-impl "${IMPLEMENTATION}")
+    if [ "${IMPLEMENTATION}" = transformer_engine ]; then
+        DEVICE_ARGS+=(--moe-grouped-gemm)
+    else
+        DEVICE_ARGS+=(--no-persist-layer-norm --no-gradient-accumulation-fusion)
+    fi
+else
+    PROCESSES="${GPUS_PER_NODE:-1}"
+    DEVICE_ARGS=( # what has no kernel on a CPU
+        --distributed-backend gloo
+        --transformer-impl local
+        --no-gradient-accumulation-fusion
+        --no-masked-softmax-fusion
+        --no-bias-dropout-fusion
+        --no-bias-swiglu-fusion
+        --no-rope-fusion
+        --no-persist-layer-norm
+    )
+    export TORCHDYNAMO_DISABLE=1
+    WORKERS="${LOCAL_WORLD_SIZE:-${PROCESSES}}"
+    THREADS=$(($(nproc) / WORKERS))
+    export OMP_NUM_THREADS="${GRAFT_THREADS:-$((THREADS > 0 ? THREADS : 1))}"
+fi
+export CUDA_DEVICE_MAX_CONNECTIONS="${CUDA_DEVICE_MAX_CONNECTIONS:-1}"
+
+ARGS=(
+    "${MODEL_ARGS[@]}" "${MOE_ARGS[@]}" "${MEMORY_ARGS[@]}" "${DATA_ARGS[@]}" "${TRAINING_ARGS[@]}"
+    "${LOGGING_ARGS[@]}" "${CHECKPOINT_ARGS[@]}" "${DEVICE_ARGS[@]}" "$@"
+)
+
+# ---------------------------------------------------------------- run
+# Signals sent to this script reach the training, which saves a checkpoint on SIGTERM (or on --exit-signal).
+forwarding_signals() {
+    "$@" &
+    local child=$! status=0
+    trap 'kill -TERM ${child} 2> /dev/null || true' TERM
+    trap 'kill -INT ${child} 2> /dev/null || true' INT
+    trap 'kill -USR1 ${child} 2> /dev/null || true' USR1
+    wait "${child}" || status=$?
+    while kill -0 "${child}" 2> /dev/null; do # a trapped signal ends the first wait, not the child
+        status=0
+        wait "${child}" || status=$?
+    done
+    trap - TERM INT USR1
+    return "${status}"
+}
+
+evaluate_and_report() { # in one process, whatever layout was trained
+    unset RANK LOCAL_RANK WORLD_SIZE LOCAL_WORLD_SIZE GROUP_RANK ROLE_RANK MASTER_ADDR MASTER_PORT
+    tool evaluate "${RUN_DIR}" --if-finished
+    tool report "${RUN_DIR}" --work-dir "${WORK_DIR}"
+}
+
+tool prepare_run "${PREPARE_ARGS[@]}" # one process per file system works, the others wait for it
+if [ -n "${LOCAL_RANK:-}" ]; then
+    forwarding_signals python -m megatron_graft.training.pretrain "${ARGS[@]}"
+else
+    forwarding_signals python -m torch.distributed.run \
+        --nproc-per-node "${PROCESSES}" \
+        --nnodes "${NUM_NODES:-1}" \
+        --node-rank "${NODE_RANK:-0}" \
+        --master-addr "${MASTER_ADDR:-localhost}" \
+        --master-port "${MASTER_PORT:-6000}" \
+        -m megatron_graft.training.pretrain "${ARGS[@]}"
+fi
+if [ "${RANK:-${NODE_RANK:-0}}" = 0 ]; then
+    evaluate_and_report
+fi
+exit 0
+# What follows is for Python; to bash it is a document that nothing reads.
+# shellcheck disable=SC2317
+: << '"END OF PYTHON"'
+"""
+if __name__ == "__main__":
+    import os
+    import sys
+
+    os.execvp("bash", ["bash", os.path.abspath(__file__), *sys.argv[1:]])
+
+"END OF PYTHON"

@@ -1,0 +1,69 @@
+"""Control banks: the same keys with other rows. They show whether the donor's knowledge pays.
+
+Shapes: N rows, D width of one donor layer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+
+from megatron_graft.bank.bf16 import bf16_from_float32, float32_from_bf16
+from megatron_graft.bank.manifest import Control
+from megatron_graft.errors import ConfigError
+
+_MATCHING_ROUNDS = 4
+
+
+def control_rows(layers: Mapping[int, np.ndarray], control: Control) -> dict[int, np.ndarray]:
+    """Rows of a control bank, made from the rows of the real one.
+
+    ``shuffled`` gives every key another key's row, the same one in every layer. ``random`` draws normal rows
+    with the real rows' mean and standard deviation per dimension and each real row's norm.
+
+    Args:
+        layers: donor layer -> uint16 ``[N, D]``, bfloat16 bits.
+        control: kind and seed.
+
+    Returns:
+        donor layer -> uint16 ``[N, D]``; the same input always gives the same bytes.
+
+    Raises:
+        ConfigError: there are too few rows to shuffle.
+    """
+    if control.kind == "shuffled":
+        num_rows = len(next(iter(layers.values())))
+        sources = single_cycle(num_rows, control.seed)
+        return {layer: rows[sources] for layer, rows in layers.items()}
+    return {layer: _random_rows(rows, np.random.default_rng([control.seed, layer])) for layer, rows in layers.items()}
+
+
+def single_cycle(num_rows: int, seed: int) -> np.ndarray:
+    """A random permutation (int64 ``[N]``) of one cycle: no row stays where it was.
+
+    Raises:
+        ConfigError: there are fewer than two rows.
+    """
+    if num_rows < 2:
+        raise ConfigError("--control", "cannot shuffle a bank of one row", expected="at least 2 rows")
+    around = np.random.default_rng(seed).permutation(num_rows)
+    sources = np.empty(num_rows, dtype=np.int64)
+    sources[around] = np.roll(around, 1)
+    return sources
+
+
+def _random_rows(rows_ND: np.ndarray, generator: np.random.Generator) -> np.ndarray:
+    real = float32_from_bf16(rows_ND)
+    mean, deviation = real.mean(axis=0, dtype=np.float64), real.std(axis=0, dtype=np.float64)
+    norms = np.linalg.norm(real, axis=1, keepdims=True)
+    noise = generator.standard_normal(real.shape, dtype=np.float32)
+    # Scaling the rows moves the moments a little and the other way round, so the two take turns.
+    for _ in range(_MATCHING_ROUNDS):
+        spread = np.maximum(noise.std(axis=0, dtype=np.float64), np.finfo(np.float32).tiny)
+        scale = deviation / spread
+        offset = mean - noise.mean(axis=0, dtype=np.float64) * scale
+        noise = noise * scale.astype(np.float32) + offset.astype(np.float32)
+        lengths = np.linalg.norm(noise, axis=1, keepdims=True)
+        noise *= np.divide(norms, lengths, out=np.zeros_like(norms), where=lengths > 0)
+    return bf16_from_float32(noise)

@@ -1,0 +1,104 @@
+"""How much of a text a bank knows: the share of positions that match, by the order of the match."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from megatron_graft.bank.reader import Bank
+from megatron_graft.files import write_json_atomically
+from megatron_graft.lookup.index import SuffixIndex
+
+_CHUNK_TOKENS = 1 << 20
+
+
+@dataclass(frozen=True, kw_only=True)
+class Coverage:
+    """Positions looked up, and how many matched at each order. End-of-document tokens count as misses."""
+
+    positions: int
+    hits_by_order: dict[int, int]
+
+    @property
+    def hit_rate(self) -> float:
+        """Share of positions that match at any order."""
+        return sum(self.hits_by_order.values()) / max(1, self.positions)
+
+    def share(self, order: int) -> float:
+        """Share of positions whose longest match has this order."""
+        return self.hits_by_order[order] / max(1, self.positions)
+
+    def to_json(self) -> dict[str, Any]:
+        """The JSON object of this coverage."""
+        shares = {str(order): self.share(order) for order in self.hits_by_order}
+        return {"positions": self.positions, "hit_rate": self.hit_rate, "share_by_order": shares}
+
+
+def measure_coverage(
+    index: SuffixIndex, documents: Iterable[np.ndarray], *, orders: Iterable[int], eod: int | None
+) -> Coverage:
+    """Look up every position of ``documents`` (integer arrays of token ids), each document by itself.
+
+    Args:
+        index: of the bank.
+        documents: one token array per document.
+        orders: the bank's orders.
+        eod: id of the end-of-document token.
+    """
+    hits = np.zeros(256, dtype=np.int64)
+    positions = 0
+    for tokens_BS, starts_BS in _packed(documents):
+        _, orders_BS = index.lookup(tokens_BS, eod=eod, document_starts_BS=starts_BS)
+        hits += np.bincount(orders_BS.reshape(-1), minlength=256)
+        positions += tokens_BS.size
+    return Coverage(positions=positions, hits_by_order={order: int(hits[order]) for order in orders})
+
+
+def coverage_table(coverages: Mapping[str, Coverage]) -> str:
+    """A plain-text table, one data set a line, shares in percent."""
+    orders = sorted({order for coverage in coverages.values() for order in coverage.hits_by_order})
+    width = max(len("data set"), *(len(name) for name in coverages))
+    heads = "".join(f"{f'order {order}':>9}" for order in orders)
+    lines = [f"{'data set':<{width}}{'positions':>14}{'hit':>9}{heads}{'miss':>9}"]
+    for name, coverage in coverages.items():
+        shares = [coverage.hit_rate, *(coverage.share(order) for order in orders), 1 - coverage.hit_rate]
+        lines.append(f"{name:<{width}}{coverage.positions:>14,}" + "".join(f"{share:>9.1%}" for share in shares))
+    return "\n".join(lines)
+
+
+def coverage_path(bank: Path) -> Path:
+    """Where a bank's coverage lies: beside it, since it is no part of what the bank is."""
+    return bank.with_name(bank.name + ".coverage.json")
+
+
+def write_coverage(bank: Bank, coverages: Mapping[str, Coverage]) -> None:
+    """Write ``<bank>.coverage.json``."""
+    data_sets = {name: coverage.to_json() for name, coverage in coverages.items()}
+    write_json_atomically(coverage_path(bank.path), {"bank": bank.digest, "data_sets": data_sets})
+
+
+def _packed(documents: Iterable[np.ndarray]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Whole documents end to end: int64 ``[1, S]`` tokens and boolean ``[1, S]`` document starts."""
+    parts: list[np.ndarray] = []
+    size = 0
+    for document in documents:
+        if not len(document):
+            continue
+        parts.append(document)
+        size += len(document)
+        if size >= _CHUNK_TOKENS:
+            yield _pack(parts)
+            parts, size = [], 0
+    if parts:
+        yield _pack(parts)
+
+
+def _pack(parts: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    tokens = np.concatenate(parts).astype(np.int64)
+    starts = np.zeros(len(tokens), dtype=bool)
+    starts[np.cumsum([0] + [len(part) for part in parts[:-1]])] = True
+    return tokens[None], starts[None]

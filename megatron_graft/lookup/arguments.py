@@ -1,0 +1,49 @@
+"""The checks before any token is read, so that all implementations of lookup refuse the same input."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from megatron_graft.bank.arrays import check_array, check_no_overlap
+
+
+@dataclass(frozen=True, kw_only=True)
+class LookupArguments:
+    """Arrays that are as :meth:`SuffixIndex.lookup` documents them; the outputs are always there."""
+
+    tokens_BS: np.ndarray
+    document_starts_BS: np.ndarray | None
+    rows_BS: np.ndarray
+    orders_BS: np.ndarray
+
+
+def check_arguments(
+    tokens_BS: np.ndarray,
+    document_starts_BS: np.ndarray | None,
+    rows_out: np.ndarray | None,
+    orders_out: np.ndarray | None,
+) -> LookupArguments:
+    """Check a lookup's arrays, and allocate the outputs that were not given.
+
+    Raises:
+        ArrayError: an array has the wrong dtype, shape or layout, or an output overlaps another array.
+    """
+    check_array("tokens_BS", tokens_BS, dtypes=[np.int32, np.int64], shape=(None, None))
+    shape = tokens_BS.shape
+    inputs = [("tokens_BS", tokens_BS)]
+    if document_starts_BS is not None:
+        check_array("document_starts_BS", document_starts_BS, dtypes=[np.bool_], shape=shape)
+        inputs.append(("document_starts_BS", document_starts_BS))
+    rows_BS = np.empty(shape, dtype=np.int64) if rows_out is None else rows_out
+    orders_BS = np.empty(shape, dtype=np.uint8) if orders_out is None else orders_out
+    check_array("rows_out", rows_BS, dtypes=[np.int64], shape=shape, writable=True)
+    check_array("orders_out", orders_BS, dtypes=[np.uint8], shape=shape, writable=True)
+    for name, array in inputs:
+        check_no_overlap("rows_out", rows_BS, name, array)
+        check_no_overlap("orders_out", orders_BS, name, array)
+    check_no_overlap("orders_out", orders_BS, "rows_out", rows_BS)
+    return LookupArguments(
+        tokens_BS=tokens_BS, document_starts_BS=document_starts_BS, rows_BS=rows_BS, orders_BS=orders_BS
+    )

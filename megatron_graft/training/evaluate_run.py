@@ -1,0 +1,133 @@
+"""Load a run's newest checkpoint into one process and evaluate it; the library behind ``tools/evaluate.py``."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import socket
+import sys
+from pathlib import Path
+from typing import Any
+
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.utils import unwrap_model
+from megatron.training.checkpointing import load_checkpoint
+from megatron.training.initialize import initialize_megatron
+
+from megatron_graft.data.memory_fetcher import MemoryFetcher, SequenceSlice
+from megatron_graft.data.tokenizer import TextTokenizer
+from megatron_graft.errors import ConfigError
+from megatron_graft.memory.site import MemorySite
+from megatron_graft.training.data_provider import build_datasets
+from megatron_graft.training.evaluation import EvaluationText, Evaluator, bigram_baseline
+from megatron_graft.training.identity import checkpoint_to_load
+from megatron_graft.training.memory_setup import RunMemory, run_tokenizer
+from megatron_graft.training.run import RUN_FILE, model_config, parse_arguments
+
+RESULT_FILE = "evaluation.json"
+# One process evaluates: its layout replaces the run's, and nothing but the weights is loaded.
+_ONE_PROCESS = (
+    "--tensor-model-parallel-size", "1", "--pipeline-model-parallel-size", "1", "--expert-model-parallel-size", "1",
+    "--context-parallel-size", "1", "--no-load-optim", "--no-load-rng", "--micro-batch-size", "8",
+    "--global-batch-size", "8",
+)  # fmt: skip
+
+
+def evaluate_run(run_dir: Path, data: dict[str, str], extra: list[str], if_finished: bool) -> dict[str, Any] | None:
+    """Evaluate the newest checkpoint of a run.
+
+    Args:
+        run_dir: directory that a run was given as ``--graft-run-dir``.
+        data: name -> ``.bin/.idx`` prefix of the texts.
+        extra: Megatron flags appended to the run's own.
+        if_finished: return None instead if the run has not reached its last step.
+
+    Returns:
+        What ``evaluation.json`` holds.
+
+    Raises:
+        ConfigError: the directory holds no run, or the run no checkpoint.
+    """
+    recorded = _recorded_arguments(run_dir)
+    trained = argparse.ArgumentParser(allow_abbrev=False)
+    trained.add_argument("--global-batch-size", type=int)
+    batch = trained.parse_known_args(recorded)[0].global_batch_size
+    sys.argv = ["evaluate", *recorded, *_ONE_PROCESS, *extra]
+    _single_process_environment()
+    args, _, memory = parse_arguments()
+    checkpoint = checkpoint_to_load(args)
+    if checkpoint is None:
+        raise ConfigError(f"--load {args.load}", "holds no checkpoint", remedy="Train the run first.")
+    iteration = int(checkpoint.name.removeprefix("iter_"))
+    if if_finished and iteration < args.train_iters:
+        return None
+    initialize_megatron()
+    model = _loaded_model(args, memory)
+    tokenizer = run_tokenizer(args)
+    texts = {name: EvaluationText.read(prefix, tokenizer) for name, prefix in data.items()}
+    fetcher = MemoryFetcher(memory.bank, memory.index, SequenceSlice()) if memory else None
+    evaluator = Evaluator(model, args, tokenizer, fetcher)
+    seen = iteration * batch
+    return {
+        "iteration": iteration,
+        "train_iters": args.train_iters,
+        "checkpoint": str(checkpoint),
+        "memory": getattr(args, "graft_identity", None),
+        "parameters": _parameter_counts(model),
+        "data": {name: evaluator.evaluate(name, text) for name, text in texts.items()},
+        **_training_text(args, tokenizer, texts, seen),
+    }
+
+
+def _recorded_arguments(run_dir: Path) -> list[str]:
+    path = run_dir / RUN_FILE
+    if not path.is_file():
+        raise ConfigError(
+            run_dir, "is not the directory of a run", expected=f"a file {RUN_FILE}",
+            remedy="Give the directory that the run was given as --graft-run-dir.",
+        )  # fmt: skip
+    arguments = json.loads(path.read_text(encoding="utf-8"))["arguments"]
+    return [str(argument) for argument in arguments]
+
+
+def _single_process_environment() -> None:
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        port = probe.getsockname()[1]
+    os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="localhost", MASTER_PORT=str(port))
+
+
+def _loaded_model(args: argparse.Namespace, memory: RunMemory | None) -> Any:
+    config = model_config(args, memory)
+    builder = config.get_builder_cls()(config)
+    chunks = builder.build_distributed_models(
+        pg_collection=ProcessGroupCollection.use_mpu_process_groups(), wrap_with_ddp=False
+    )
+    load_checkpoint(chunks, None, None)
+    for chunk in chunks:
+        chunk.eval()
+    return unwrap_model(chunks)[0]
+
+
+def _parameter_counts(model: Any) -> dict[str, int]:
+    sites = [module for module in model.modules() if isinstance(module, MemorySite)]
+    in_sites = sum(parameter.numel() for site in sites for parameter in site.parameters())
+    return {"total": sum(parameter.numel() for parameter in model.parameters()), "memory_sites": in_sites}
+
+
+def _training_text(
+    args: argparse.Namespace, tokenizer: TextTokenizer, texts: dict[str, EvaluationText], samples: int
+) -> dict[str, Any]:
+    """How much was trained on, how often, and what a bigram model makes of the same tokens."""
+    train, _, _ = build_datasets(args, (samples, 0, 0))
+    available = int(train.dataset.sequence_lengths[train.indices].sum()) if hasattr(train, "dataset") else None
+    seen = samples * args.seq_length
+    return {
+        "training_text": {
+            "tokens_seen": seen,
+            "tokens_available": available,
+            "passes": seen / available if available else None,
+        },
+        "bigram_loss": bigram_baseline(train, samples, texts, tokenizer.vocab_size),
+    }

@@ -1,0 +1,66 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import pytest
+
+from megatron_graft.bank.reader import open_bank
+from megatron_graft.building import coverage
+from megatron_graft.building.coverage import Coverage, coverage_table, measure_coverage, write_coverage
+from megatron_graft.lookup.index import open_index
+from megatron_graft.ngram.oracle import brute_force_lookup
+from tests.helpers.banks import EOD, make_bank
+
+KEYS = {
+    (1, 2): 9,
+    (2, 3): 8,
+    (1, 2, 3): 7,
+    (3, 3): 5,
+    (2, 3, 1, 2): 2,
+    (3, 3, 2, 1): 2,
+    (1, 1, 1, 1): 2,
+    (2, 2, 1, 3): 1,
+}
+
+
+@pytest.mark.parametrize("implementation", ["native", "reference"])
+@pytest.mark.parametrize("chunk_tokens", [1, 50, 1 << 20])
+def test_coverage_equals_the_oracle_document_by_document(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    implementation: Literal["native", "reference"],
+    chunk_tokens: int,
+) -> None:
+    monkeypatch.setattr(coverage, "_CHUNK_TOKENS", chunk_tokens)
+    bank = make_bank(tmp_path / "bank", KEYS)
+    generator = np.random.default_rng(0)
+    documents = [generator.integers(0, 4, size=size).astype(np.uint16) for size in (40, 0, 1, 3, 90, 17)]
+    expected = np.zeros(5, dtype=np.int64)
+    for document in documents:
+        _, orders_BS = brute_force_lookup(bank.rows_of_keys(), document[None].astype(np.int64), EOD, 2, 4)
+        expected += np.bincount(orders_BS.reshape(-1), minlength=5)
+    found = measure_coverage(open_index(bank, implementation), documents, orders=bank.orders, eod=bank.eod)
+    assert found.positions == 151
+    assert found.hits_by_order == {order: int(expected[order]) for order in (2, 3, 4)}
+    assert all(found.hits_by_order.values())
+
+
+def test_the_table_names_every_data_set_and_its_shares() -> None:
+    train = Coverage(positions=200, hits_by_order={2: 50, 3: 20, 4: 10})
+    table = coverage_table({"train": train, "foreign": Coverage(positions=0, hits_by_order={2: 0, 3: 0, 4: 0})})
+    heads, first, second = table.splitlines()
+    assert heads.split() == ["data", "set", "positions", "hit", "order", "2", "order", "3", "order", "4", "miss"]
+    assert first.split() == ["train", "200", "40.0%", "25.0%", "10.0%", "5.0%", "60.0%"]
+    assert second.split() == ["foreign", "0", "0.0%", "0.0%", "0.0%", "0.0%", "100.0%"]
+
+
+def test_coverage_lies_beside_the_bank_and_leaves_it_as_it_was(tmp_path: Path) -> None:
+    bank = make_bank(tmp_path / "bank", KEYS)
+    write_coverage(bank, {"train": Coverage(positions=4, hits_by_order={2: 1})})
+    value = json.loads((tmp_path / "bank.coverage.json").read_text())
+    assert value["bank"] == bank.digest
+    assert value["data_sets"]["train"] == {"positions": 4, "hit_rate": 0.25, "share_by_order": {"2": 0.25}}
+    assert open_bank(bank.path, verify="full").digest == bank.digest

@@ -1,0 +1,91 @@
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+
+import pytest
+
+from megatron_graft.errors import StorageError
+from megatron_graft.files import (
+    canonical_json,
+    directory_in_one_step,
+    sha256_of_file,
+    storage_errors,
+    write_bytes_atomically,
+    write_json_atomically,
+)
+
+
+def test_sha256_of_file_is_that_of_its_bytes(tmp_path):
+    data = bytes(range(256)) * 40_000  # more than one read
+    (tmp_path / "file").write_bytes(data)
+    assert sha256_of_file(tmp_path / "file") == hashlib.sha256(data).hexdigest()
+
+
+def test_canonical_json_does_not_depend_on_the_order_of_keys():
+    assert canonical_json({"b": 1, "a": [1, 2]}) == canonical_json({"a": [1, 2], "b": 1}) == b'{"a":[1,2],"b":1}'
+    assert canonical_json({"a": 1}) != canonical_json({"a": 2})
+    assert canonical_json("é") == '"é"'.encode()
+
+
+def test_a_file_is_replaced_as_a_whole(tmp_path):
+    path = tmp_path / "new" / "file.json"
+    write_json_atomically(path, {"a": 1})
+    write_json_atomically(path, {"a": 2})
+    assert json.loads(path.read_text()) == {"a": 2}
+    assert os.listdir(path.parent) == ["file.json"]
+
+
+def test_a_failed_write_keeps_the_old_file_and_leaves_nothing(tmp_path, monkeypatch):
+    path = tmp_path / "file"
+    write_bytes_atomically(path, b"old")
+
+    def refuse(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", refuse)
+    with pytest.raises(StorageError, match="No space left"):
+        write_bytes_atomically(path, b"new")
+    assert path.read_bytes() == b"old"
+    assert os.listdir(tmp_path) == ["file"]
+
+
+def test_a_directory_appears_only_when_it_is_complete(tmp_path):
+    target = tmp_path / "a" / "target"
+    with directory_in_one_step(target) as scratch:
+        (scratch / "file").write_text("x")
+        assert not target.exists()
+    assert (target / "file").read_text() == "x"
+    assert os.listdir(target.parent) == ["target"]
+
+
+def test_a_directory_whose_block_fails_leaves_nothing(tmp_path):
+    with pytest.raises(ZeroDivisionError), directory_in_one_step(tmp_path / "target") as scratch:
+        (scratch / "file").write_text("x")
+        raise ZeroDivisionError
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_directory_is_never_replaced(tmp_path):
+    (tmp_path / "target").mkdir()
+    (tmp_path / "target" / "mine").write_text("x")
+    with pytest.raises(OSError), directory_in_one_step(tmp_path / "target") as scratch:
+        (scratch / "file").write_text("y")
+    assert os.listdir(tmp_path) == ["target"]
+    assert os.listdir(tmp_path / "target") == ["mine"]
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EIO])
+def test_a_refused_write_names_the_path_and_the_free_space(tmp_path, code):
+    path = tmp_path / "not" / "there" / "yet"
+    with pytest.raises(StorageError, match="bytes free") as caught, storage_errors(path):
+        raise OSError(code, os.strerror(code))
+    assert caught.value.subject == str(path)
+    assert os.strerror(code) in str(caught.value)
+
+
+def test_other_errors_are_not_disguised_as_storage(tmp_path):
+    with pytest.raises(IsADirectoryError), storage_errors(tmp_path):
+        raise IsADirectoryError(errno.EISDIR, "is a directory")

@@ -1,0 +1,74 @@
+"""Evaluate a run's newest checkpoint on whole data sets: loss, bits per byte, by length of match, memory on and off.
+
+Writes <run>/evaluation.json. Any Megatron flag given after the options is appended to the run's own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+if __package__ in (None, ""):  # run as a file from a checkout
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from megatron_graft.commands import run_command
+from megatron_graft.errors import ConfigError
+from megatron_graft.files import write_json_atomically
+
+
+def parse_arguments(argv: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
+    """Our options, and the rest for Megatron."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("run_dir", type=Path, metavar="RUN", help="directory of the run (its --graft-run-dir)")
+    parser.add_argument("--data", nargs="+", required=True, metavar="NAME=PREFIX", help=".bin/.idx data sets")
+    parser.add_argument("--if-finished", action="store_true", help="do nothing if the run is not at its last step")
+    return parser.parse_known_args(argv)
+
+
+def _named(items: list[str]) -> dict[str, str]:
+    named = {}
+    for item in items:
+        name, _, prefix = item.partition("=")
+        if not name or not prefix:
+            raise ConfigError("--data", "needs a name for each data set", got=item, expected="NAME=PREFIX")
+        named[name] = prefix
+    return named
+
+
+def _print(name: str, result: dict[str, Any]) -> None:
+    line = f"{name}: loss {result['loss']:.4f}, {result['bits_per_byte']:.4f} bits per byte"
+    if "memory_off" in result:
+        line += f" (memory off: {result['memory_off']['loss']:.4f})"
+        line += ", by match " + ", ".join(f"{order} {part['loss']:.4f}" for order, part in result["by_order"].items())
+    print(line)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command; return its exit code."""
+    arguments, extra = parse_arguments(argv)
+    data = arguments.data
+
+    def body() -> None:
+        from megatron_graft.compat import cpu
+
+        cpu.install()
+        from megatron_graft.training.evaluate_run import RESULT_FILE, evaluate_run
+
+        result = evaluate_run(arguments.run_dir, _named(data), extra, arguments.if_finished)
+        if result is None:
+            print(f"{arguments.run_dir}: training is not finished; run it again to resume. Not evaluated.")
+            return
+        write_json_atomically(arguments.run_dir / RESULT_FILE, result)
+        for name, part in result["data"].items():
+            _print(name, part)
+        print(f"bigram counts of the same tokens: {result['bigram_loss']}")
+
+    return run_command(body)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
