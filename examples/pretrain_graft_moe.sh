@@ -14,6 +14,7 @@
 #   DATA_PATH         your own .bin/.idx prefix (or blend); needs TOKENIZER_MODEL. SPLIT is its --split.
 #   TEXT, FOREIGN     or: your own .txt/.jsonl files, space-separated, in place of the default corpus
 #   TOKENIZER_MODEL   SentencePiece .model or Hugging Face tokenizer.json
+#   TOKENIZER_VOCAB_SIZE   ids of the tokenizer trained where none is given (default 8192; little text bears fewer)
 #   GRAFT_BANK        a bank directory; "none" trains the stock model
 #   GRAFT_LAYERS      layers that get a memory site (default "2 3")
 #   DONOR             packaged donor's name or a local causal-LM directory, for building the bank
@@ -44,6 +45,7 @@ PREPARE_ARGS=(--work-dir "${WORK_DIR}")
 [ -n "${TEXT:-}" ] && { read -ra FILES <<< "${TEXT}"; PREPARE_ARGS+=(--input "${FILES[@]}"); }
 [ -n "${FOREIGN:-}" ] && { read -ra FILES <<< "${FOREIGN}"; PREPARE_ARGS+=(--foreign "${FILES[@]}"); }
 [ -n "${TOKENIZER_MODEL:-}" ] && PREPARE_ARGS+=(--tokenizer-model "${TOKENIZER_MODEL}")
+[ -n "${TOKENIZER_VOCAB_SIZE:-}" ] && PREPARE_ARGS+=(--vocab-size "${TOKENIZER_VOCAB_SIZE}")
 [ -n "${GRAFT_BANK}" ] && PREPARE_ARGS+=(--bank "${GRAFT_BANK}")
 [ -n "${DONOR:-}" ] && PREPARE_ARGS+=(--donor "${DONOR}")
 TOKENIZER_MODEL="${TOKENIZER_MODEL:-${WORK_DIR}/tokenizer/tokenizer.model}"
@@ -52,11 +54,16 @@ if [ -n "${DATA_PATH:-}" ]; then
     SPLIT="${SPLIT:-969,30,1}"
     PREPARE_ARGS+=(--data-path "${BLEND[@]}" --split "${SPLIT}")
     DATA_ARGS=(--data-path "${BLEND[@]}" --split "${SPLIT}")
+    EVALUATION_DATA=()
+    for PREFIX in "${BLEND[@]}"; do # of each, the validation share of SPLIT is read
+        [ -f "${PREFIX}.idx" ] && EVALUATION_DATA+=("heldout${EVALUATION_DATA:+-$((${#EVALUATION_DATA[@]} + 1))}=${PREFIX}")
+    done
 else
     DATA_ARGS=(
         --train-data-path "${WORK_DIR}/data/train_text_document"
         --valid-data-path "${WORK_DIR}/data/heldout_text_document"
     )
+    EVALUATION_DATA=("heldout=${WORK_DIR}/data/heldout_text_document")
 fi
 [ -n "${BANK_ARGUMENTS:-}" ] && { read -ra FILES <<< "${BANK_ARGUMENTS}"; PREPARE_ARGS+=(--bank-arguments "${FILES[@]}"); }
 case "${TOKENIZER_MODEL}" in
@@ -185,7 +192,9 @@ forwarding_signals() {
 
 evaluate_and_report() { # in one process, whatever layout was trained
     unset RANK LOCAL_RANK WORLD_SIZE LOCAL_WORLD_SIZE GROUP_RANK ROLE_RANK MASTER_ADDR MASTER_PORT
-    tool evaluate "${RUN_DIR}" --if-finished
+    FOREIGN_DATA="${WORK_DIR}/data/foreign_text_document" # one's own text may come without it
+    [ -n "${DATA_PATH:-}" ] || [ ! -f "${FOREIGN_DATA}.idx" ] || EVALUATION_DATA+=("foreign=${FOREIGN_DATA}")
+    tool evaluate "${RUN_DIR}" --if-finished --data "${EVALUATION_DATA[@]}"
     tool report "${RUN_DIR}" --work-dir "${WORK_DIR}"
 }
 

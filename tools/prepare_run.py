@@ -48,7 +48,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--bank", default=None, help="an existing bank, or 'none' (default: built)")
     parser.add_argument("--bank-arguments", nargs=argparse.REMAINDER, default=[], help="passed on to build_bank")
     parser.add_argument("--donor", default="smollm2-135m",
-                        help="a packaged donor's name or a local causal-LM directory (default: %(default)s)")  # fmt: skip
+                        help="packaged donor's name or a local causal-LM directory (default: %(default)s)")  # fmt: skip
     return parser.parse_args(argv)
 
 

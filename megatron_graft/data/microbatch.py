@@ -53,8 +53,8 @@ class _Layout:
         }
         offsets, end = {}, 0
         for name, size in sizes.items():
-            offsets[name] = end
-            end += -(-size // _ALIGNMENT) * _ALIGNMENT
+            offsets[name] = -(-end // _ALIGNMENT) * _ALIGNMENT
+            end = offsets[name] + size
         offsets["end"] = end
         return offsets
 

@@ -19,7 +19,7 @@ def training_entries_of_megatron(prefix: str, split: str, cache: Path) -> list[i
     config = GPTDatasetConfig(
         random_seed=1, sequence_length=4, blend=([prefix], None), split=split, path_to_cache=str(cache),
         reset_position_ids=False, reset_attention_mask=False, eod_mask_loss=False,
-        tokenizer=SimpleNamespace(eod=0, pad=0, unique_identifiers={"class": "test"}),
+        tokenizer=SimpleNamespace(eod=0, pad=0, vocab_size=10, unique_identifiers={"class": "test"}),
     )  # fmt: skip
     train, *_ = BlendedMegatronDatasetBuilder(GPTDataset, [4, None, None], lambda: True, config).build()
     return train.indices.tolist()

@@ -158,6 +158,15 @@ def test_a_hash_collision_is_no_hit(bank_of, known, unknown):
     assert rows.tolist() == [[-1, 0], [-1, -1]]
 
 
+@pytest.mark.parametrize("key", [(7792, 494, 121), (126, 384, 234), (10105, 32, 731)])
+def test_a_key_is_no_hit_for_its_own_suffix(bank_of, key):
+    """The native hashes of these keys collide, in the same part, with those of their last two tokens."""
+    far = (1, 1)  # the bank knows order 2, so that it is tried, but not this one
+    tokens = np.array([[key[1], key[2]], [key[2], key[1]]], dtype=np.int64)
+    rows = assert_all_agree(bank_of([key, far], vocab_size=2**14), tokens)
+    assert (rows == -1).all()
+
+
 def test_the_longest_order_a_bank_can_have(bank_of):
     rng = np.random.default_rng(0)
     longest = tuple(rng.integers(1, 50, 255).tolist())

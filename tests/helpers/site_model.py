@@ -1,0 +1,122 @@
+"""A small GPT-MoE with memory sites in one process, and what it does under changes of its input."""
+
+from __future__ import annotations
+
+import os
+import socket
+from pathlib import Path
+from typing import Any
+
+SITE_LAYERS, VOCAB, POSITIONS, EOD = (2, 3), 32, 24, 0
+
+
+def observe(bank_path: Path) -> dict[str, Any]:
+    """Everything the tests assert on, from one process start."""
+    from megatron_graft.compat import cpu
+
+    cpu.install()
+    import torch
+
+    _start_megatron()
+    from megatron_graft.bank.reader import open_bank
+    from megatron_graft.data.memory_fetcher import MemoryFetcher, SequenceSlice
+    from megatron_graft.lookup.index import open_index
+    from megatron_graft.memory.site import SiteConfig
+    from megatron_graft.training.evaluation import bypassed
+
+    bank = open_bank(bank_path)
+    fetcher = MemoryFetcher(bank, open_index(bank), SequenceSlice())
+    site = SiteConfig(row_dim=bank.row_dim, conv_kernel=4, conv_dilation=bank.max_order, seed=3, init_std=0.02)
+    stock, grafted = build(()), build(SITE_LAYERS, site)
+    tokens = torch.randint(1, VOCAB, (2, POSITIONS), generator=torch.Generator().manual_seed(0))
+    seen: dict[str, Any] = {
+        "hits": int((fetcher.fetch(tokens, 0).memory.order_BS > 0).sum()),
+        "stock": _logits(stock, tokens, None),
+        "fresh": _logits(grafted, tokens, fetcher),
+        "stock_keys": _checkpoint_keys(stock),
+        "grafted_keys": _checkpoint_keys(grafted),
+        "stock_parameters": {name: p.detach().clone() for name, p in stock.named_parameters()},
+        "grafted_parameters": {name: p.detach().clone() for name, p in grafted.named_parameters()},
+    }
+    randomise(grafted)
+    seen["grafted"] = _logits(grafted, tokens, fetcher)
+    changed = tokens.clone()
+    changed[:, 15] = tokens[:, 15] % (VOCAB - 1) + 1
+    seen["changed_at_15"] = _logits(grafted, changed, fetcher)
+    with bypassed(grafted):
+        seen["bypassed"] = _logits(grafted, tokens, None)
+    try:
+        _logits(grafted, tokens, None)
+        seen["without_memory"] = "ran"
+    except RuntimeError as error:
+        seen["without_memory"] = str(error)
+    return seen
+
+
+def _start_megatron() -> None:
+    import torch
+    from megatron.core import parallel_state, tensor_parallel
+
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        port = probe.getsockname()[1]
+    os.environ.update(RANK="0", WORLD_SIZE="1", MASTER_ADDR="localhost", MASTER_PORT=str(port))
+    torch.distributed.init_process_group("gloo")
+    parallel_state.initialize_model_parallel()
+    tensor_parallel.model_parallel_cuda_manual_seed(1234)
+
+
+def build(site_layers: tuple[int, ...], site: Any = None) -> Any:
+    """A fresh model; the same seed gives the same backbone."""
+    import torch
+    from megatron.core import tensor_parallel
+    from megatron.core.process_groups_config import ProcessGroupCollection
+    from megatron.core.transformer.transformer_config import TransformerConfig
+    from megatron.training.models.gpt import GPTModelConfig
+
+    from megatron_graft.models.gpt import layer_spec_factory
+
+    tensor_parallel.model_parallel_cuda_manual_seed(1234, force_reset_rng=True)
+    transformer = TransformerConfig(
+        num_layers=4, hidden_size=32, num_attention_heads=4, ffn_hidden_size=48, num_moe_experts=4, moe_router_topk=2,
+        moe_aux_loss_coeff=1e-2, moe_router_load_balancing_type="aux_loss", moe_token_dispatcher_type="alltoall",
+        add_bias_linear=False, gated_linear_unit=True, activation_func=torch.nn.functional.silu,
+        normalization="RMSNorm", hidden_dropout=0.0, attention_dropout=0.0, gradient_accumulation_fusion=False,
+        bias_dropout_fusion=False, masked_softmax_fusion=False, bias_activation_fusion=False, apply_rope_fusion=False,
+        persist_layer_norm=False, transformer_impl="local",
+    )  # fmt: skip
+    config = GPTModelConfig(
+        transformer=transformer, vocab_size=VOCAB, seq_length=POSITIONS, position_embedding_type="rope",
+        transformer_layer_spec=layer_spec_factory(site_layers, site),
+    )  # fmt: skip
+    return config.get_builder_cls()(config).build_model(ProcessGroupCollection.use_mpu_process_groups())
+
+
+def randomise(model: Any) -> None:
+    """Give every parameter of every site a value that matters; a fresh site would hide any fault."""
+    import torch
+
+    generator = torch.Generator().manual_seed(11)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if ".memory." in name:
+                parameter += 0.5 * torch.randn(parameter.shape, generator=generator)
+
+
+def _logits(model: Any, tokens: Any, fetcher: Any) -> Any:
+    import torch
+
+    packed = fetcher.fetch(tokens, 0).memory.packed if fetcher else None
+    positions = torch.arange(tokens.shape[1]).expand_as(tokens)
+    with torch.no_grad():
+        return model(tokens, positions, None, extra_block_kwargs=packed is not None and {"context": packed} or None)
+
+
+def _checkpoint_keys(model: Any) -> dict[str, tuple[int, ...]]:
+    """Checkpoint key -> global shape."""
+    from megatron.core import parallel_state
+    from megatron.core.dist_checkpointing.mapping import ShardedTensor
+
+    group = parallel_state.get_data_parallel_group(with_context_parallel=True)
+    entries = model.sharded_state_dict(metadata={"dp_cp_group": group, "chained_optim_avoid_prefix": True})
+    return {entry.key: entry.global_shape for entry in entries.values() if isinstance(entry, ShardedTensor)}

@@ -1,0 +1,219 @@
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from megatron_graft.bank.bf16 import float32_from_bf16
+from megatron_graft.bank.manifest import Control, Processing
+from megatron_graft.bank.reader import Bank, open_bank
+from megatron_graft.building.build import BankBuildConfig, build_bank, build_control
+from megatron_graft.building.donor import HuggingFaceDonor
+from megatron_graft.building.encode import rows_from_states
+from megatron_graft.data.tokenizer import TextTokenizer
+from megatron_graft.errors import BankError, ConfigError, DonorError
+from tests.helpers.building import save_llama, write_data_set
+
+SHUFFLED, RANDOM = Control(kind="shuffled", seed=3), Control(kind="random", seed=3)
+
+
+@pytest.fixture
+def config(data_prefix: str, tmp_path: Path) -> BankBuildConfig:
+    return BankBuildConfig(
+        data_prefixes=(data_prefix,), split=None, orders=(2, 3, 4), num_rows=60, min_count=2,
+        donor_layers=(1, 2), raw=False, control=None, output=tmp_path / "bank",
+    )  # fmt: skip
+
+
+@pytest.fixture
+def donor(donor_directory: Path) -> HuggingFaceDonor:
+    return HuggingFaceDonor(donor_directory, batch_tokens=64)
+
+
+def all_rows(bank: Bank) -> np.ndarray:
+    rows = np.empty((bank.num_rows, bank.row_dim), dtype=np.uint16)
+    bank.gather(np.arange(bank.num_rows, dtype=np.int64), rows)
+    return rows
+
+
+def keys_as_lists(bank: Bank) -> list[list[int]]:
+    return [[token for token in ids if token >= 0] for ids in bank.key_ids.tolist()]
+
+
+def files_of(bank: Path) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in bank.iterdir() if file.name != "bank.json"}
+
+
+class SilentDonor(HuggingFaceDonor):
+    """A donor that must not be run."""
+
+    def encode(self, texts: Sequence[str], layers: Sequence[int]) -> dict[int, np.ndarray]:
+        raise DonorError("donor", "was run")
+
+
+def test_every_row_is_the_donors_state_for_its_keys_text(
+    config: BankBuildConfig, recipient: TextTokenizer, donor: HuggingFaceDonor
+) -> None:
+    build_bank(config, tokenizer=recipient, encoder=donor)
+    bank = open_bank(config.output, verify="full")
+    texts = [recipient.ngram_text(ids) or "" for ids in keys_as_lists(bank)]
+    assert len(set(texts)) == 60 and set(bank.key_orders.tolist()) == {2, 3, 4}
+    states = donor.encode(texts, [1, 2])
+    processing = Processing(centred=True, normalised=True)
+    expected = np.hstack([rows_from_states(states[layer], processing) for layer in (1, 2)])
+    np.testing.assert_array_equal(all_rows(bank), expected)
+
+
+def test_two_builds_give_the_same_bytes_whatever_the_threads(
+    config: BankBuildConfig, recipient: TextTokenizer, donor_directory: Path, tmp_path: Path
+) -> None:
+    other = dataclasses.replace(config, output=tmp_path / "again")
+    first = build_bank(config, tokenizer=recipient, encoder=HuggingFaceDonor(donor_directory, threads=1))
+    second = build_bank(other, tokenizer=recipient, encoder=HuggingFaceDonor(donor_directory, threads=3))
+    assert first.digest == second.digest
+    assert files_of(config.output) == files_of(other.output)
+
+
+def test_the_identity_says_what_was_built(
+    config: BankBuildConfig, recipient: TextTokenizer, donor: HuggingFaceDonor
+) -> None:
+    identity = build_bank(config, tokenizer=recipient, encoder=donor).identity
+    assert identity.tokenizer.fingerprint == recipient.fingerprint
+    assert (identity.tokenizer.vocab_size, identity.tokenizer.eod) == (recipient.vocab_size, recipient.eod)
+    assert (identity.orders, identity.num_rows, identity.row_dim) == ((2, 3, 4), 60, 64)
+    assert (identity.donor.name, identity.donor.revision) == (donor.name, donor.revision)
+    assert (identity.donor.layers, identity.control) == ((1, 2), None)
+    assert identity.processing == Processing(centred=True, normalised=True)
+
+
+def test_each_choice_makes_another_identity(
+    config: BankBuildConfig, recipient: TextTokenizer, donor: HuggingFaceDonor, tmp_path: Path
+) -> None:
+    changes: list[dict[str, Any]] = [
+        {}, {"orders": (2, 3)}, {"num_rows": 59}, {"donor_layers": (1,)}, {"donor_layers": (0, 2)}, {"raw": True},
+        {"control": SHUFFLED}, {"control": Control(kind="shuffled", seed=4)}, {"control": RANDOM}, {"split": "1,1"},
+    ]  # fmt: skip
+    digests = set()
+    for number, change in enumerate(changes):
+        changed = dataclasses.replace(config, output=tmp_path / f"bank-{number}", **change)
+        digests.add(build_bank(changed, tokenizer=recipient, encoder=donor).digest)
+    assert len(digests) == len(changes)
+
+
+def test_validation_text_never_enters_the_bank(
+    config: BankBuildConfig, recipient: TextTokenizer, donor: HuggingFaceDonor, tmp_path: Path
+) -> None:
+    train, validation = recipient.encode("the whale was near"), recipient.encode("sky so wide")
+    prefix = write_data_set(tmp_path / "data", [train, train, validation, validation])
+    config = dataclasses.replace(config, data_prefixes=(prefix,), num_rows=1000, min_count=1)
+    halved = dataclasses.replace(config, split="1,1,0", output=tmp_path / "halved")
+    build_bank(config, tokenizer=recipient, encoder=donor)
+    build_bank(halved, tokenizer=recipient, encoder=donor)
+    assert tuple(validation[:2]) in open_bank(config.output).rows_of_keys()
+    found = set(open_bank(halved.output).rows_of_keys())
+    assert tuple(train[:2]) in found and tuple(validation[:2]) not in found
+
+
+def test_a_complete_bank_with_the_same_settings_is_not_built_again(
+    config: BankBuildConfig, recipient: TextTokenizer, donor: HuggingFaceDonor, donor_directory: Path
+) -> None:
+    first = build_bank(config, tokenizer=recipient, encoder=donor)
+    again = build_bank(config, tokenizer=recipient, encoder=SilentDonor(donor_directory, threads=1))
+    assert again == first
+
+
+@pytest.mark.parametrize(
+    ("change", "difference"),
+    [({"num_rows": 61}, "got num_rows 60; expected num_rows 61"), ({"orders": (2, 3)}, "orders"),
+     ({"raw": True}, "raw"), ({"min_count": 3}, "min_count"), ({"donor_layers": (1,)}, "donor_layers"), ({"split": "9,1"}, "split"),
+     ({"control": RANDOM}, "control None, seed None; expected control random, seed 3")],
+)  # fmt: skip
+def test_a_bank_with_other_settings_is_refused_by_naming_them(
+    config: BankBuildConfig,
+    recipient: TextTokenizer,
+    donor: HuggingFaceDonor,
+    change: dict[str, Any],
+    difference: str,
+) -> None:
+    build_bank(config, tokenizer=recipient, encoder=donor)
+    with pytest.raises(BankError, match=f"other settings.*{difference}"):
+        build_bank(dataclasses.replace(config, **change), tokenizer=recipient, encoder=donor)
+
+
+def test_a_bank_of_another_donor_or_other_data_is_refused(
+    config: BankBuildConfig, recipient: TextTokenizer, donor: HuggingFaceDonor, tmp_path: Path
+) -> None:
+    build_bank(config, tokenizer=recipient, encoder=donor)
+    other = HuggingFaceDonor(save_llama(tmp_path / "other", seed=6))
+    with pytest.raises(BankError, match="got donor [0-9a-f]+; expected donor"):
+        build_bank(config, tokenizer=recipient, encoder=other)
+    prefix = write_data_set(tmp_path / "data", [recipient.encode("the whale was near")])
+    with pytest.raises(BankError, match="got data "):
+        build_bank(dataclasses.replace(config, data_prefixes=(prefix,)), tokenizer=recipient, encoder=donor)
+
+
+def test_a_build_that_fails_leaves_nothing(
+    config: BankBuildConfig, recipient: TextTokenizer, donor_directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(DonorError, match="was run"):
+        build_bank(config, tokenizer=recipient, encoder=SilentDonor(donor_directory))
+
+    def full_disk(*_arguments: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("megatron_graft.files.os.rename", full_disk)
+    with pytest.raises(Exception, match="No space left"):
+        build_bank(config, tokenizer=recipient, encoder=HuggingFaceDonor(donor_directory))
+    assert list(config.output.parent.glob("*bank*")) == []
+
+
+@pytest.mark.parametrize(
+    ("change", "error"),
+    [({"orders": (2, 9)}, ConfigError), ({"min_count": 0}, ConfigError), ({"num_rows": 0}, ConfigError),
+     ({"donor_layers": (3,)}, DonorError), ({"min_count": 10**6}, BankError)],
+)  # fmt: skip
+def test_an_unusable_configuration_is_refused_before_the_donor_runs(
+    config: BankBuildConfig,
+    recipient: TextTokenizer,
+    donor_directory: Path,
+    change: dict[str, Any],
+    error: type[Exception],
+) -> None:
+    with pytest.raises(error, match="^(?!donor: was run)"):
+        build_bank(dataclasses.replace(config, **change), tokenizer=recipient, encoder=SilentDonor(donor_directory))
+
+
+@pytest.mark.parametrize("control", [SHUFFLED, RANDOM])
+def test_a_control_made_from_a_bank_equals_one_built_from_scratch(
+    config: BankBuildConfig, recipient: TextTokenizer, donor: HuggingFaceDonor, tmp_path: Path, control: Control
+) -> None:
+    real = build_bank(config, tokenizer=recipient, encoder=donor)
+    made = build_control(config.output, control, tmp_path / "made")
+    scratch = dataclasses.replace(config, control=control, output=tmp_path / "scratch")
+    assert made.digest == build_bank(scratch, tokenizer=recipient, encoder=donor).digest != real.digest
+    assert made.identity.control == control
+    first, second = open_bank(config.output), open_bank(tmp_path / "made", verify="full")
+    assert first.rows_of_keys() == second.rows_of_keys()
+    same = (all_rows(first) == all_rows(second)).all(axis=1)
+    assert not same.any()
+    if control is SHUFFLED:
+        assert sorted(map(bytes, all_rows(first))) == sorted(map(bytes, all_rows(second)))
+    else:
+        norms = [np.linalg.norm(float32_from_bf16(all_rows(bank)), axis=1) for bank in (first, second)]
+        np.testing.assert_allclose(norms[1], norms[0], rtol=5e-3)
+
+
+def test_a_control_is_skipped_when_complete_and_refused_with_another_seed(
+    config: BankBuildConfig, recipient: TextTokenizer, donor: HuggingFaceDonor, tmp_path: Path
+) -> None:
+    build_bank(config, tokenizer=recipient, encoder=donor)
+    first = build_control(config.output, SHUFFLED, tmp_path / "control")
+    assert build_control(config.output, SHUFFLED, tmp_path / "control") == first
+    with pytest.raises(BankError, match="got seed 3; expected seed 4"):
+        build_control(config.output, Control(kind="shuffled", seed=4), tmp_path / "control")
+    with pytest.raises(BankError, match="itself a control"):
+        build_control(tmp_path / "control", RANDOM, tmp_path / "second")

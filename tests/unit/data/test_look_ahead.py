@@ -1,0 +1,147 @@
+import gc
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from megatron_graft.bank.reader import Bank
+from megatron_graft.data.look_ahead import SEQUENCE_NUMBER, Batch, LookAhead
+from megatron_graft.data.memory_fetcher import MemoryFetcher, SequenceSlice
+from megatron_graft.data.microbatch import MicroBatchMemory
+from megatron_graft.data.transfer import HostTransfer
+from megatron_graft.lookup.index import open_index
+from tests.helpers.banks import make_bank
+
+
+@pytest.fixture
+def bank(tmp_path: Path) -> Bank:
+    return make_bank(tmp_path / "bank", {(1, 2): 3, (2, 3): 2, (1, 2, 3): 1})
+
+
+def look_ahead_over(bank: Bank | None, depth: int = 2) -> LookAhead:
+    fetcher = MemoryFetcher(bank, open_index(bank), SequenceSlice()) if bank else None
+    return LookAhead(fetcher, HostTransfer(), depth)
+
+
+def batches(count: int) -> list[Batch]:
+    return [{"tokens": torch.tensor([[1, 2, 3, number + 4]])} for number in range(count)]
+
+
+def readers() -> list[threading.Thread]:
+    return [thread for thread in threading.enumerate() if thread.name == "graft-look-ahead"]
+
+
+def test_batches_come_in_order_with_numbers_and_their_own_memory(bank: Bank) -> None:
+    look_ahead = look_ahead_over(bank)
+    numbers = []
+    for position, batch in enumerate(look_ahead.stream(batches(7))):
+        assert batch["tokens"][0, 3] == position + 4
+        packed = look_ahead.take(batch)
+        memory = MicroBatchMemory.unpack(packed, 1, 4, bank.row_dim)
+        assert memory.sequence_number == batch[SEQUENCE_NUMBER]
+        assert memory.order_BS.tolist() == [[0, 2, 3, 0]]
+        numbers.append(batch[SEQUENCE_NUMBER])
+    assert numbers == list(range(7))
+
+
+def test_two_streams_never_share_a_number(bank: Bank) -> None:
+    look_ahead = look_ahead_over(bank)
+    train, valid = look_ahead.stream(batches(5)), look_ahead.stream(batches(5))
+    numbers = [next(stream)[SEQUENCE_NUMBER] for _ in range(5) for stream in (train, valid)]
+    assert len(set(numbers)) == 10
+
+
+def test_a_replayed_batch_gets_the_same_memory_again(bank: Bank) -> None:
+    look_ahead = look_ahead_over(bank)
+    batch = next(look_ahead.stream(batches(1)))
+    first = look_ahead.take(batch)
+    again = look_ahead.take(batch)
+    assert again is not first
+    for name in ("header", "position_BS", "inverse_BS", "order_BS"):
+        views = [getattr(MicroBatchMemory.unpack(packed, 1, 4, bank.row_dim), name) for packed in (first, again)]
+        assert torch.equal(*views)
+    rows = [MicroBatchMemory.unpack(packed, 1, 4, bank.row_dim).row_bits()[:3] for packed in (first, again)]
+    assert (rows[0] == rows[1]).all()
+
+
+def test_a_rank_without_sites_reads_tokens_and_fetches_nothing() -> None:
+    look_ahead = look_ahead_over(None)
+    batch = next(look_ahead.stream(batches(1)))
+    assert look_ahead.take(batch) is None
+    assert look_ahead.drain_statistics().fetch_seconds == 0
+
+
+def test_no_more_than_the_depth_is_read_ahead() -> None:
+    read: list[int] = []
+
+    def source() -> Iterator[Batch]:
+        for number in range(100):
+            read.append(number)
+            yield {"tokens": torch.zeros(1, 4, dtype=torch.int64)}
+
+    stream = look_ahead_over(None, depth=3).stream(source())
+    next(stream)
+    deadline = time.monotonic() + 5
+    while len(read) < 5 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    time.sleep(0.3)  # long enough for a faulty thread to run on
+    assert len(read) == 5  # one handed out, three waiting, one in the thread's hands
+    stream.close()
+
+
+def test_an_error_of_the_loader_reaches_the_consumer_and_stays() -> None:
+    def source() -> Iterator[Batch]:
+        yield batches(1)[0]
+        raise OSError("the disk is gone")
+
+    stream = look_ahead_over(None).stream(source())
+    next(stream)
+    for _ in range(2):
+        with pytest.raises(OSError, match="the disk is gone"):
+            next(stream)
+
+
+def test_the_end_is_the_end() -> None:
+    stream = look_ahead_over(None).stream(batches(2))
+    assert len(list(stream)) == 2
+    with pytest.raises(StopIteration):
+        next(stream)
+
+
+def test_dropping_a_stream_ends_its_thread() -> None:
+    before = len(readers())
+    stream = look_ahead_over(None).stream(batches(50))
+    next(stream)
+    assert len(readers()) == before + 1
+    del stream
+    gc.collect()
+    deadline = time.monotonic() + 5
+    while len(readers()) > before and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert len(readers()) == before
+
+
+def test_waiting_for_a_slow_source_is_reported_as_stall() -> None:
+    def source() -> Iterator[Batch]:
+        for batch in batches(3):
+            time.sleep(0.1)
+            yield batch
+
+    look_ahead = look_ahead_over(None)
+    assert len(list(look_ahead.stream(source()))) == 3
+    statistics = look_ahead.drain_statistics()
+    assert statistics.stall_seconds > 0.2
+    assert statistics.micro_batches == 3
+
+
+def test_statistics_count_what_was_taken(bank: Bank) -> None:
+    look_ahead = look_ahead_over(bank)
+    for batch in look_ahead.stream(batches(4)):
+        look_ahead.take(batch)
+    statistics = look_ahead.drain_statistics()
+    assert statistics.order_counts.tolist() == [8, 0, 4, 4]
+    assert statistics.unique_rows == 8
+    assert look_ahead.drain_statistics().order_counts.sum() == 0

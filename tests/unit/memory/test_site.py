@@ -1,0 +1,132 @@
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from megatron_graft.data.microbatch import MicroBatchMemory
+from megatron_graft.memory.site import MemorySite, SiteConfig
+
+HIDDEN, ROW_DIM, POSITIONS, SEQUENCES = 8, 6, 10, 2
+
+
+def make_site(*, conv_kernel: int = 4, layer_number: int = 2, randomised: bool = False) -> MemorySite:
+    config = SimpleNamespace(
+        hidden_size=HIDDEN,
+        params_dtype=torch.float32,
+        use_cpu_initialization=True,
+        sequence_parallel=False,
+        layernorm_epsilon=1e-5,
+    )
+    site_config = SiteConfig(row_dim=ROW_DIM, conv_kernel=conv_kernel, conv_dilation=2, seed=7, init_std=0.02)
+    site = MemorySite(config, site_config, layer_number, None)
+    if randomised:
+        generator = torch.Generator().manual_seed(1)
+        with torch.no_grad():
+            for parameter in site.parameters():
+                parameter += torch.randn(parameter.shape, generator=generator)
+    return site
+
+
+def make_memory(orders: list[list[int]]) -> MicroBatchMemory:
+    """One distinct random row per hit; the whole sequence is one document."""
+    memory = MicroBatchMemory.allocate(0, SEQUENCES, POSITIONS, ROW_DIM)
+    memory.rows_PD[1:] = torch.randn(memory.rows_PD[1:].shape, generator=torch.Generator().manual_seed(2)).bfloat16()
+    memory.order_BS[:] = torch.tensor(orders, dtype=torch.uint8)
+    numbered = torch.arange(1, SEQUENCES * POSITIONS + 1, dtype=torch.int32).view(SEQUENCES, POSITIONS)
+    memory.inverse_BS[:] = torch.where(memory.order_BS > 0, numbered, 0)
+    memory.position_BS[:] = torch.arange(POSITIONS, dtype=torch.int32)
+    return memory
+
+
+HITS_FROM_POSITION_4 = [[0] * 4 + [2] * 6, [0] * 4 + [3] * 6]
+
+
+@pytest.fixture
+def hidden() -> torch.Tensor:
+    return torch.randn(POSITIONS, SEQUENCES, HIDDEN, generator=torch.Generator().manual_seed(3))
+
+
+def test_a_fresh_site_is_the_identity_bit_for_bit_and_passes_gradients_through_unchanged(hidden: torch.Tensor) -> None:
+    hidden.requires_grad_()
+    out = make_site()(hidden, make_memory(HITS_FROM_POSITION_4).packed)
+    assert torch.equal(out, hidden)
+    weights = torch.randn(out.shape, generator=torch.Generator().manual_seed(4))
+    (out * weights).sum().backward()
+    assert torch.equal(hidden.grad, weights)
+
+
+def test_a_fresh_site_can_learn(hidden: torch.Tensor) -> None:
+    site = make_site()
+    (site(hidden, make_memory(HITS_FROM_POSITION_4).packed) ** 2).sum().backward()
+    assert site.value_weight.grad.abs().max() > 0
+
+
+def test_a_miss_adds_exactly_nothing(hidden: torch.Tensor) -> None:
+    out = make_site(conv_kernel=0, randomised=True)(hidden, make_memory(HITS_FROM_POSITION_4).packed)
+    assert torch.equal(out[:4], hidden[:4])
+    assert (out[4:] - hidden[4:]).abs().amin() > 0
+
+
+def test_the_convolution_carries_a_hit_to_later_misses_only(hidden: torch.Tensor) -> None:
+    orders = [[0] * POSITIONS, [0] * POSITIONS]
+    orders[0][4] = 2
+    delta = make_site(randomised=True)(hidden, make_memory(orders).packed) - hidden
+    reached = delta.abs().amax(dim=-1) > 0
+    assert reached[:, 0].nonzero().flatten().tolist() == [4, 6, 8]  # dilation 2; the fourth tap leaves the sequence
+    assert not reached[:, 1].any()
+
+
+def test_the_convolution_stops_at_a_document_start(hidden: torch.Tensor) -> None:
+    orders = [[0] * POSITIONS, [0] * POSITIONS]
+    orders[0][4] = 2
+    memory = make_memory(orders)
+    memory.position_BS[0, 7:] -= 7
+    delta = make_site(randomised=True)(hidden, memory.packed) - hidden
+    assert delta[:, 0].abs().amax(dim=-1).nonzero().flatten().tolist() == [4, 6]
+
+
+def test_equals_the_equations_written_out(hidden: torch.Tensor) -> None:
+    site, memory = make_site(conv_kernel=0, randomised=True), make_memory(HITS_FROM_POSITION_4)
+    out = site(hidden, memory.packed)
+    t, b = 6, 1
+    row = memory.rows_PD[int(memory.inverse_BS[b, t])].float()
+
+    def rms_norm(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        return x / (x.pow(2).mean() + 1e-5).sqrt() * weight
+
+    k, v, h = site.key_weight @ row, site.value_weight @ row, hidden[t, b]
+    gate = torch.sigmoid(rms_norm(k, site.key_norm) @ rms_norm(h, site.query_norm) / HIDDEN**0.5)
+    assert torch.allclose(out[t, b], h + gate * v, atol=1e-6)
+
+
+def test_bypassed_is_the_identity_whatever_the_weights(hidden: torch.Tensor) -> None:
+    site = make_site(randomised=True)
+    site.bypassed = True
+    assert site(hidden, make_memory(HITS_FROM_POSITION_4).packed) is hidden
+
+
+def test_a_site_draws_from_its_own_generator() -> None:
+    torch.manual_seed(0)
+    expected = torch.rand(3)
+    torch.manual_seed(0)
+    first = make_site(layer_number=2)
+    assert torch.equal(torch.rand(3), expected)  # the global generator was not touched
+    assert torch.equal(make_site(layer_number=2).key_weight, first.key_weight)
+    assert not torch.equal(make_site(layer_number=3).key_weight, first.key_weight)
+
+
+def test_statistics_count_hits_gates_and_relative_change(hidden: torch.Tensor) -> None:
+    site, memory = make_site(conv_kernel=0, randomised=True), make_memory(HITS_FROM_POSITION_4)
+    out = site(hidden, memory.packed).detach()
+    hits, gate, positions, relative = site.statistics.drain(torch.device("cpu")).tolist()
+    assert (hits, positions) == (12, 20)
+    assert 0 < gate < hits
+    assert relative == pytest.approx(float(((out - hidden).norm(dim=-1) / hidden.norm(dim=-1)).sum()), rel=1e-5)
+    assert site.statistics.drain(torch.device("cpu")).tolist() == [0, 0, 0, 0]
+
+
+def test_nothing_of_the_bank_is_a_parameter_or_in_the_state() -> None:
+    names = {"key_weight", "value_weight", "key_norm", "query_norm", "conv_norm", "conv_kernel"}
+    site = make_site()
+    assert set(site.state_dict()) == names
+    assert {name for name, _ in site.named_parameters()} == names
