@@ -17,6 +17,7 @@
 #   TOKENIZER_VOCAB_SIZE   ids of the tokenizer trained where none is given (default 8192; little text bears fewer)
 #   GRAFT_BANK        a bank directory; "none" trains the stock model
 #   GRAFT_LAYERS      layers that get a memory site (default "2 3")
+#   NUM_EXPERTS       experts per layer (default 4); 0 trains the dense model
 #   DONOR             packaged donor's name or a local causal-LM directory, for building the bank
 #   BANK_ARGUMENTS    further flags for tools/build_bank.py
 #   RUN_NAME, RUNS_DIR, WORK_DIR, DEVICE (cpu or cuda)
@@ -95,13 +96,16 @@ MODEL_ARGS=(
     --hidden-dropout 0
     --init-method-std 0.02
 )
-MOE_ARGS=(
-    --num-experts 4
-    --moe-router-topk 2
-    --moe-router-load-balancing-type aux_loss
-    --moe-aux-loss-coeff 1e-2
-    --moe-token-dispatcher-type alltoall
-)
+MOE_ARGS=()
+if [ "${NUM_EXPERTS:-4}" != 0 ]; then
+    MOE_ARGS=(
+        --num-experts "${NUM_EXPERTS:-4}"
+        --moe-router-topk 2
+        --moe-router-load-balancing-type aux_loss
+        --moe-aux-loss-coeff 1e-2
+        --moe-token-dispatcher-type alltoall
+    )
+fi
 MEMORY_ARGS=()
 if [ "${GRAFT_BANK}" != none ]; then
     MEMORY_ARGS=(--graft-bank "${GRAFT_BANK:-${WORK_DIR}/bank}" --graft-layers "${GRAFT_LAYERS[@]}")

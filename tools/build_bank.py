@@ -66,6 +66,8 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _run(arguments: argparse.Namespace) -> None:
+    if arguments.seed < 0:
+        raise ConfigError("--seed", "is negative", got=arguments.seed, expected="0 or more")
     control = Control(kind=arguments.control, seed=arguments.seed) if arguments.control else None
     if arguments.from_bank is not None:
         if control is None:

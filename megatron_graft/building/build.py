@@ -19,7 +19,7 @@ from megatron_graft.building.count import OrderCounts, check_orders, count_ngram
 from megatron_graft.building.documents import MegatronDocuments
 from megatron_graft.building.encode import Encoder, rows_from_states
 from megatron_graft.building.select import NgramTokenizer, Selection, select_ngrams
-from megatron_graft.errors import BankError
+from megatron_graft.errors import BankError, ConfigError
 from megatron_graft.log import format_seconds, get_logger
 
 
@@ -64,6 +64,9 @@ def build_bank(config: BankBuildConfig, *, tokenizer: NgramTokenizer, encoder: E
         StorageError: the bank could not be written; nothing is left behind.
     """
     check_orders(config.orders)
+    for flag, value in (("--num-rows", config.num_rows), ("--min-count", config.min_count)):
+        if value < 1:
+            raise ConfigError(flag, "is too small", got=value, expected="at least 1")
     encoder.check_layers(config.donor_layers)
     documents = MegatronDocuments(config.data_prefixes, split=config.split, vocab_size=tokenizer.vocab_size)
     settings = _settings(config, documents, tokenizer, encoder)

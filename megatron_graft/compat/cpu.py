@@ -17,6 +17,7 @@ import contextlib
 import functools
 import sys
 import time
+import types
 from collections.abc import Callable
 from typing import Any
 
@@ -148,6 +149,7 @@ def _rebind_cuda_namespace() -> None:
     cuda.stream = lambda *_: contextlib.nullcontext()
     cuda.is_current_stream_capturing = lambda: False
     cuda.get_device_capability = lambda *_: (0, 0)
+    cuda.get_device_properties = lambda *_: types.SimpleNamespace(name="cpu", major=0, minor=0)
     cuda.get_device_name = lambda *_: "cpu"
     cuda.reset_peak_memory_stats = lambda *_: None
     cuda.memory_stats = lambda *_: collections.defaultdict(int)

@@ -45,3 +45,11 @@ def probe_transformer_engine() -> Probe:
 def probe_apex() -> Probe:
     """Look for NVIDIA apex by its fused kernels, never by its name."""
     return _probe("NVIDIA apex", "apex.optimizers", ("FusedAdam",))
+
+
+def describe_optional_packages() -> str:
+    """One line for the log: what was found, or why not."""
+    return "; ".join(
+        f"{probe.name} {probe.detail if probe.usable else f'not used ({probe.detail})'}"
+        for probe in (probe_transformer_engine(), probe_apex())
+    )

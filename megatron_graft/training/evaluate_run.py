@@ -39,7 +39,8 @@ def evaluate_run(run_dir: Path, data: dict[str, str], extra: list[str], if_finis
 
     Args:
         run_dir: directory that a run was given as ``--graft-run-dir``.
-        data: name -> ``.bin/.idx`` prefix of the texts.
+        data: name -> ``.bin/.idx`` prefix of the texts. Of one that the run trained on by ``--split``, the validation
+            share is read.
         extra: Megatron flags appended to the run's own.
         if_finished: return None instead if the run has not reached its last step.
 
@@ -65,7 +66,7 @@ def evaluate_run(run_dir: Path, data: dict[str, str], extra: list[str], if_finis
     initialize_megatron()
     model = _loaded_model(args, memory)
     tokenizer = run_tokenizer(args)
-    texts = {name: EvaluationText.read(prefix, tokenizer) for name, prefix in data.items()}
+    texts = {name: EvaluationText.read(prefix, tokenizer, _split_of(prefix, args)) for name, prefix in data.items()}
     fetcher = MemoryFetcher(memory.bank, memory.index, SequenceSlice()) if memory else None
     evaluator = Evaluator(model, args, tokenizer, fetcher)
     seen = iteration * batch
@@ -89,6 +90,11 @@ def _recorded_arguments(run_dir: Path) -> list[str]:
         )  # fmt: skip
     arguments = json.loads(path.read_text(encoding="utf-8"))["arguments"]
     return [str(argument) for argument in arguments]
+
+
+def _split_of(prefix: str, args: argparse.Namespace) -> str | None:
+    trained_on = [str(Path(item).absolute()) for item in args.data_path or []]
+    return args.split if str(Path(prefix).absolute()) in trained_on else None
 
 
 def _single_process_environment() -> None:

@@ -17,7 +17,12 @@ from typing import Any
 
 import numpy as np
 import torch
+from megatron.core.datasets.blended_megatron_dataset_config import (
+    convert_split_vector_to_split_matrix,
+    parse_and_normalize_split,
+)
 from megatron.core.datasets.indexed_dataset import IndexedDataset
+from megatron.core.datasets.utils import Split
 
 from megatron_graft.data.memory_fetcher import MemoryFetcher
 from megatron_graft.data.tokenizer import TextTokenizer
@@ -43,19 +48,21 @@ class EvaluationText:
     num_bytes: int
 
     @classmethod
-    def read(cls, prefix: str, tokenizer: TextTokenizer) -> EvaluationText:
-        """Read a ``.bin/.idx`` pair.
+    def read(cls, prefix: str, tokenizer: TextTokenizer, split: str | None = None) -> EvaluationText:
+        """Read a ``.bin/.idx`` pair; with Megatron's ``--split`` of a run, only its validation share.
 
         Raises:
-            DataError: it is missing or empty.
+            DataError: it is missing, or there is nothing in it.
         """
         if not IndexedDataset.exists(prefix):
             raise DataError(f"data set {prefix}", "does not exist", expected=f"{prefix}.bin and {prefix}.idx")
         documents = IndexedDataset(prefix)
-        parts = [np.asarray(documents[index], dtype=np.int64) for index in range(len(documents))]
+        entries = range(len(documents)) if split is None else validation_entries(split, len(documents))
+        parts = [np.asarray(documents[index], dtype=np.int64) for index in entries]
         tokens = np.concatenate(parts) if parts else np.zeros(0, np.int64)
         if tokens.size < 2:
-            raise DataError(f"data set {prefix}", "holds nothing to predict", got=f"{tokens.size} tokens")
+            whole = "" if split is None else f" in its validation share, --split {split}"
+            raise DataError(f"data set {prefix}", f"holds nothing to predict{whole}", got=f"{tokens.size} tokens")
         return cls(tokens, int(tokenizer.num_bytes_of_ids[tokens[1:]].sum()))
 
     def windows(self, length: int, eod: int) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
@@ -65,6 +72,13 @@ class EvaluationText:
             real = piece.size - 1
             padded = np.concatenate([piece, np.full(length - real, eod)])
             yield padded[:-1], padded[1:], np.arange(length) < real
+
+
+def validation_entries(split: str, num_entries: int) -> range:
+    """The entries of a data set that Megatron keeps for validation under ``--split``, rounded as it does."""
+    share = convert_split_vector_to_split_matrix(parse_and_normalize_split(split))[Split.valid.value]
+    begin, end = (int(round(edge * float(num_entries))) for edge in share or (0.0, 0.0))
+    return range(begin, end)
 
 
 class LossByOrder:

@@ -22,12 +22,14 @@ from megatron.training.argument_utils import gpt_config_from_args, pretrain_cfg_
 from megatron.training.arguments import parse_and_validate_args
 
 from megatron_graft.compat.megatron import require_megatron, use_shipped_dataset_helpers
+from megatron_graft.compat.optional import describe_optional_packages
 from megatron_graft.compat.optimizer_restart import mend_optimizer_restart
 from megatron_graft.compat.rebind import rebind
 from megatron_graft.data.look_ahead import LookAhead
 from megatron_graft.data.memory_fetcher import MemoryFetcher, SequenceSlice
 from megatron_graft.data.transfer import CudaTransfer, HostTransfer
 from megatron_graft.files import write_json_atomically
+from megatron_graft.log import get_logger
 from megatron_graft.models.gpt import layer_spec_factory
 from megatron_graft.training.arguments import GraftSettings, add_graft_arguments, graft_settings
 from megatron_graft.training.data_provider import DatasetProvider
@@ -51,7 +53,7 @@ def parse_arguments() -> tuple[argparse.Namespace, GraftSettings, RunMemory | No
     Raises:
         GraftError: whatever is wrong with them, before any process group exists.
     """
-    require_megatron()
+    get_logger().info("megatron-core %s; %s", require_megatron(), describe_optional_packages())
     use_shipped_dataset_helpers()
     mend_optimizer_restart()
     args = parse_and_validate_args(

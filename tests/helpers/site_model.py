@@ -50,6 +50,11 @@ def observe(bank_path: Path) -> dict[str, Any]:
         seen["without_memory"] = "ran"
     except RuntimeError as error:
         seen["without_memory"] = str(error)
+    seen["dense_stock"] = _logits(build((), num_experts=None), tokens, None)
+    dense = build(SITE_LAYERS, site, num_experts=None)
+    seen["dense_fresh"] = _logits(dense, tokens, fetcher)
+    randomise(dense)
+    seen["dense_grafted"] = _logits(dense, tokens, fetcher)
     return seen
 
 
@@ -66,7 +71,7 @@ def _start_megatron() -> None:
     tensor_parallel.model_parallel_cuda_manual_seed(1234)
 
 
-def build(site_layers: tuple[int, ...], site: Any = None) -> Any:
+def build(site_layers: tuple[int, ...], site: Any = None, num_experts: int | None = 4) -> Any:
     """A fresh model; the same seed gives the same backbone."""
     import torch
     from megatron.core import tensor_parallel
@@ -77,9 +82,14 @@ def build(site_layers: tuple[int, ...], site: Any = None) -> Any:
     from megatron_graft.models.gpt import layer_spec_factory
 
     tensor_parallel.model_parallel_cuda_manual_seed(1234, force_reset_rng=True)
+    experts: dict[str, Any] = {}
+    if num_experts:
+        experts = {
+            "num_moe_experts": num_experts, "moe_router_topk": 2, "moe_aux_loss_coeff": 1e-2,
+            "moe_router_load_balancing_type": "aux_loss", "moe_token_dispatcher_type": "alltoall",
+        }  # fmt: skip
     transformer = TransformerConfig(
-        num_layers=4, hidden_size=32, num_attention_heads=4, ffn_hidden_size=48, num_moe_experts=4, moe_router_topk=2,
-        moe_aux_loss_coeff=1e-2, moe_router_load_balancing_type="aux_loss", moe_token_dispatcher_type="alltoall",
+        num_layers=4, hidden_size=32, num_attention_heads=4, ffn_hidden_size=48, **experts,
         add_bias_linear=False, gated_linear_unit=True, activation_func=torch.nn.functional.silu,
         normalization="RMSNorm", hidden_dropout=0.0, attention_dropout=0.0, gradient_accumulation_fusion=False,
         bias_dropout_fusion=False, masked_softmax_fusion=False, bias_activation_fusion=False, apply_rope_fusion=False,

@@ -129,7 +129,8 @@ def test_a_complete_bank_with_the_same_settings_is_not_built_again(
 @pytest.mark.parametrize(
     ("change", "difference"),
     [({"num_rows": 61}, "got num_rows 60; expected num_rows 61"), ({"orders": (2, 3)}, "orders"),
-     ({"raw": True}, "raw"), ({"min_count": 3}, "min_count"), ({"donor_layers": (1,)}, "donor_layers"), ({"split": "9,1"}, "split"),
+     ({"raw": True}, "raw"), ({"min_count": 3}, "min_count"), ({"donor_layers": (1,)}, "donor_layers"),
+     ({"split": "9,1"}, "split"),
      ({"control": RANDOM}, "control None, seed None; expected control random, seed 3")],
 )  # fmt: skip
 def test_a_bank_with_other_settings_is_refused_by_naming_them(

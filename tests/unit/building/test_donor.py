@@ -69,6 +69,13 @@ def test_a_leading_space_makes_another_state(donor_directory: Path) -> None:
     assert np.abs(with_space - without).max() > 0.1
 
 
+def test_a_text_that_spells_a_special_token_is_read_as_text(donor_directory: Path) -> None:
+    text = "<|endoftext|>"
+    (special,) = donor_tokens(donor_directory, text, bos=0)[1:]
+    state = HuggingFaceDonor(donor_directory, dtype="float32").encode([text], [1])[1][0]
+    assert np.abs(state - full_model_states(donor_directory, [0, special])[1][1]).max() > 0.1
+
+
 def test_states_do_not_depend_on_the_number_of_threads(donor_directory: Path) -> None:
     one, three = (
         HuggingFaceDonor(donor_directory, batch_tokens=8, threads=threads).encode(TEXTS * 3, [1, 2])

@@ -32,6 +32,11 @@ def test_a_fresh_model_with_sites_equals_the_stock_model_bit_for_bit(seen: dict[
     assert torch.equal(seen["fresh"], seen["stock"])
 
 
+def test_a_dense_model_takes_sites_as_a_mixture_of_experts_does(seen: dict[str, Any]) -> None:
+    assert torch.equal(seen["dense_fresh"], seen["dense_stock"])
+    assert (seen["dense_grafted"] - seen["dense_stock"]).abs().max() > 1e-2
+
+
 def test_sites_change_no_other_parameters_initial_value(seen: dict[str, Any]) -> None:
     stock, grafted = seen["stock_parameters"], seen["grafted_parameters"]
     assert all(torch.equal(grafted[name], value) for name, value in stock.items())
