@@ -21,11 +21,13 @@ PYTHON_SOURCES := megatron_graft tools tests scripts setup.py
 CPP_SOURCES = $(shell find csrc -name '*.cpp' -o -name '*.hpp' -o -name '*.h')
 SHELL_SOURCES = .ci/run $(shell find scripts examples tools tests -name '*.sh' -o -name '*.sbatch')
 
+WITH_ARGS = $(if $(ARGS), ARGS="$(ARGS)")
+
 SHELL := bash
 .SHELLFLAGS := -eu -o pipefail -c
 MAKEFLAGS += --no-print-directory
 .DEFAULT_GOAL := help
-.PHONY: help setup native pretrain pretrain-baseline test check lint types lint-cpp lint-shell lint-docker rules \
+.PHONY: help setup native pretrain pretrain-baseline pretrain-shuffled test check lint types lint-cpp lint-shell lint-docker rules \
         format lock wheel clean
 
 help: ## list the targets
@@ -41,10 +43,16 @@ native: setup ## build the C++ extension in place
 	@python setup.py --quiet build_ext --inplace
 
 pretrain: native ## the main job: corpus, tokenizer, bank, training, evaluation, report in runs/RUN_NAME
-	@bash examples/pretrain_graft_moe.sh $(ARGS)
+	@RUN_COMMAND='make pretrain$(WITH_ARGS)' bash examples/pretrain_graft_moe.sh $(ARGS)
 
 pretrain-baseline: native ## the same run with no memory, as runs/baseline
-	@GRAFT_BANK=none RUN_NAME=baseline bash examples/pretrain_graft_moe.sh $(ARGS)
+	@GRAFT_BANK=none RUN_NAME=baseline RUN_COMMAND='make pretrain-baseline$(WITH_ARGS)' \
+	    bash examples/pretrain_graft_moe.sh $(ARGS)
+
+pretrain-shuffled: native ## the same run with the bank's rows shuffled among its keys, as runs/shuffled
+	@python tools/build_bank.py --from-bank work/bank --control shuffled --output work/bank-shuffled
+	@GRAFT_BANK=work/bank-shuffled RUN_NAME=shuffled RUN_COMMAND='make pretrain-shuffled$(WITH_ARGS)' \
+	    bash examples/pretrain_graft_moe.sh $(ARGS)
 
 test: native ## run the tests
 	@python -m pytest $(TESTS)

@@ -30,6 +30,7 @@ RUN_DIR="${RUNS_DIR:-runs}/${RUN_NAME}"
 WORK_DIR="${WORK_DIR:-work}"
 GRAFT_BANK="${GRAFT_BANK:-}"
 read -ra GRAFT_LAYERS <<< "${GRAFT_LAYERS:-2 3}"
+RUN_COMMAND="${RUN_COMMAND:-bash examples/pretrain_graft_moe.sh${*:+ $*}}" # for the report
 DEVICE="${DEVICE:-$(nvidia-smi -L > /dev/null 2>&1 && echo cuda || echo cpu)}"
 
 # A checkout is used in place; from an installed package this file lies inside it and Python finds the rest.
@@ -198,26 +199,33 @@ evaluate_and_report() { # in one process, whatever layout was trained
     unset RANK LOCAL_RANK WORLD_SIZE LOCAL_WORLD_SIZE GROUP_RANK ROLE_RANK MASTER_ADDR MASTER_PORT
     FOREIGN_DATA="${WORK_DIR}/data/foreign_text_document" # one's own text may come without it
     [ -n "${DATA_PATH:-}" ] || [ ! -f "${FOREIGN_DATA}.idx" ] || EVALUATION_DATA+=("foreign=${FOREIGN_DATA}")
-    tool evaluate "${RUN_DIR}" --if-finished --data "${EVALUATION_DATA[@]}"
-    tool report "${RUN_DIR}" --work-dir "${WORK_DIR}"
+    local options=(--if-finished --data "${EVALUATION_DATA[@]}")
+    if [ "${GRAFT_BANK}" = none ] && [ -f "${WORK_DIR}/bank/bank.json" ]; then # comparable with the run that has it
+        options+=(--classify-by "${WORK_DIR}/bank")
+    fi
+    tool evaluate "${RUN_DIR}" "${options[@]}"
+    tool report "${RUN_DIR}" --work-dir "${WORK_DIR}" --command "${RUN_COMMAND}"
 }
 
-tool prepare_run "${PREPARE_ARGS[@]}" # one process per file system works, the others wait for it
-if [ -n "${LOCAL_RANK:-}" ]; then
-    forwarding_signals python -m megatron_graft.training.pretrain "${ARGS[@]}"
-else
-    forwarding_signals python -m torch.distributed.run \
-        --nproc-per-node "${PROCESSES}" \
-        --nnodes "${NUM_NODES:-1}" \
-        --node-rank "${NODE_RANK:-0}" \
-        --master-addr "${MASTER_ADDR:-localhost}" \
-        --master-port "${MASTER_PORT:-6000}" \
-        -m megatron_graft.training.pretrain "${ARGS[@]}"
-fi
-if [ "${RANK:-${NODE_RANK:-0}}" = 0 ]; then
-    evaluate_and_report
-fi
-exit 0
+main() {
+    tool prepare_run "${PREPARE_ARGS[@]}" # one process per file system works, the others wait for it
+    if [ -n "${LOCAL_RANK:-}" ]; then
+        forwarding_signals python -m megatron_graft.training.pretrain "${ARGS[@]}"
+    else
+        forwarding_signals python -m torch.distributed.run \
+            --nproc-per-node "${PROCESSES}" \
+            --nnodes "${NUM_NODES:-1}" \
+            --node-rank "${NODE_RANK:-0}" \
+            --master-addr "${MASTER_ADDR:-localhost}" \
+            --master-port "${MASTER_PORT:-6000}" \
+            -m megatron_graft.training.pretrain "${ARGS[@]}"
+    fi
+    if [ "${RANK:-${NODE_RANK:-0}}" = 0 ]; then
+        evaluate_and_report
+    fi
+}
+
+main; exit 0 # one line, all read by now: a long run does not mind that this file is changed under it
 # What follows is for Python; to bash it is a document that nothing reads.
 # shellcheck disable=SC2317
 : << '"END OF PYTHON"'

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,8 @@ def parse_arguments(argv: list[str] | None) -> tuple[argparse.Namespace, list[st
     parser.add_argument("run_dir", type=Path, metavar="RUN", help="directory of the run (its --graft-run-dir)")
     parser.add_argument("--data", nargs="+", required=True, metavar="NAME=PREFIX", help=".bin/.idx data sets")
     parser.add_argument("--if-finished", action="store_true", help="do nothing if the run is not at its last step")
+    parser.add_argument("--classify-by", type=Path, metavar="BANK",
+                        help="split the losses of a run without memory by this bank's matches")  # fmt: skip
     return parser.parse_known_args(argv)
 
 
@@ -53,15 +56,20 @@ def main(argv: list[str] | None = None) -> int:
     data = arguments.data
 
     def body() -> None:
+        started = time.monotonic()
         from megatron_graft.compat import cpu
 
         cpu.install()
         from megatron_graft.training.evaluate_run import RESULT_FILE, evaluate_run
 
-        result = evaluate_run(arguments.run_dir, _named(data), extra, arguments.if_finished)
+        result = evaluate_run(
+            arguments.run_dir, _named(data), extra,
+            if_finished=arguments.if_finished, classify_by=arguments.classify_by,
+        )  # fmt: skip
         if result is None:
             print(f"{arguments.run_dir}: training is not finished; run it again to resume. Not evaluated.")
             return
+        result["seconds"] = round(time.monotonic() - started, 1)
         write_json_atomically(arguments.run_dir / RESULT_FILE, result)
         for name, part in result["data"].items():
             _print(name, part)

@@ -32,7 +32,7 @@ class LookAheadStatistics:
     """Sums since the last :meth:`LookAhead.drain_statistics`.
 
     Attributes:
-        order_counts: int64 ``[max_order + 1]``, consumed positions by length of their match (entry 0: misses).
+        order_counts: int64 ``[max_order + 1]``, positions by length of their match (entry 0: misses).
         unique_rows: rows gathered after removing duplicates within a micro-batch.
         stall_seconds: time the training thread waited for a micro-batch.
         fetch_seconds: time the look-ahead thread spent on lookup and gather.
@@ -70,9 +70,14 @@ class LookAhead:
         drained, self.statistics = self.statistics, self._fresh_statistics()
         return drained
 
-    def stream(self, batches: Iterable[Batch]) -> MicroBatchStream:
-        """An iterator over ``batches`` that reads ahead; each yielded batch carries its sequence number."""
-        return MicroBatchStream(self, batches)
+    def stream(self, batches: Iterable[Batch], *, counted: bool = True) -> MicroBatchStream:
+        """An iterator over ``batches`` that reads ahead; each yielded batch carries its sequence number.
+
+        Args:
+            batches: dictionaries with int64 ``tokens`` ``[B, S]``.
+            counted: whether its micro-batches enter the statistics (training does, validation does not).
+        """
+        return MicroBatchStream(self, batches, counted)
 
     def prepare(self, batch: Batch) -> tuple[Batch, tuple[Any, Fetched] | None]:
         """Number a batch and fetch its memory (look-ahead thread)."""
@@ -82,18 +87,24 @@ class LookAhead:
     def _fetch(self, batch: Batch) -> tuple[Any, Fetched] | None:
         if self.fetcher is None:
             return None
-        started = time.perf_counter()
         fetched = self.fetcher.fetch(batch["tokens"], batch[SEQUENCE_NUMBER])
-        ticket = self.transfer.start(fetched.memory)
-        self.statistics.fetch_seconds += time.perf_counter() - started
-        return ticket, fetched
+        return self.transfer.start(fetched.memory), fetched
 
-    def hold(self, number: int, prepared: tuple[Any, Fetched] | None, stall_seconds: float) -> None:
+    def hold(self, number: int, prepared: tuple[Any, Fetched] | None) -> None:
         """Keep a yielded batch's memory until it is taken (training thread)."""
-        self.statistics.stall_seconds += stall_seconds
-        self.statistics.micro_batches += 1
         if prepared is not None:
             self._tickets[number] = prepared
+
+    def count(self, prepared: tuple[Any, Fetched] | None, stall_seconds: float) -> None:
+        """Add a yielded micro-batch to the statistics (training thread)."""
+        statistics = self.statistics
+        statistics.stall_seconds += stall_seconds
+        statistics.micro_batches += 1
+        if prepared is not None:
+            _, fetched = prepared
+            statistics.order_counts += fetched.order_counts
+            statistics.unique_rows += fetched.unique_rows
+            statistics.fetch_seconds += fetched.seconds
 
     def take(self, batch: Batch) -> torch.Tensor | None:
         """The packed memory of a batch that a stream yielded, on the device; None on a rank without sites.
@@ -103,9 +114,7 @@ class LookAhead:
         if self.fetcher is None:
             return None
         held = self._tickets.pop(batch[SEQUENCE_NUMBER], None)
-        ticket, fetched = held if held is not None else self._fetch(batch)  # type: ignore[misc]
-        self.statistics.order_counts += fetched.order_counts
-        self.statistics.unique_rows += fetched.unique_rows
+        ticket, _ = held if held is not None else self._fetch(batch)  # type: ignore[misc]
         return self.transfer.finish(ticket)
 
 
@@ -119,8 +128,8 @@ class _End:
 class MicroBatchStream(Iterator[Batch]):
     """Iterator with a reading thread behind it, started by the first ``next``; see :meth:`LookAhead.stream`."""
 
-    def __init__(self, look_ahead: LookAhead, batches: Iterable[Batch]) -> None:
-        self._look_ahead, self._batches = look_ahead, batches
+    def __init__(self, look_ahead: LookAhead, batches: Iterable[Batch], counted: bool) -> None:
+        self._look_ahead, self._batches, self._counted = look_ahead, batches, counted
         self._queue: queue.Queue[Any] = queue.Queue(maxsize=look_ahead.depth)
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
@@ -142,7 +151,9 @@ class MicroBatchStream(Iterator[Batch]):
             self._queue.put(item)
             raise StopIteration if item.error is None else item.error
         batch, prepared = item
-        self._look_ahead.hold(batch[SEQUENCE_NUMBER], prepared, waited)
+        self._look_ahead.hold(batch[SEQUENCE_NUMBER], prepared)
+        if self._counted:
+            self._look_ahead.count(prepared, waited)
         return batch
 
     def close(self) -> None:

@@ -5,6 +5,7 @@ Shapes: B sequences, S positions of the whole sequence, s positions of this rank
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass
 
 import numpy as np
@@ -37,11 +38,13 @@ class Fetched:
         memory: host-side memory.
         order_counts: int64 ``[max_order + 1]``, positions by length of their match; entry 0 counts misses.
         unique_rows: number of distinct rows gathered.
+        seconds: time it took.
     """
 
     memory: MicroBatchMemory
     order_counts: np.ndarray
     unique_rows: int
+    seconds: float
 
 
 class MemoryFetcher:
@@ -65,6 +68,7 @@ class MemoryFetcher:
                 n-gram may begin before it.
             sequence_number: number of the micro-batch, kept in the memory's header.
         """
+        started = time.perf_counter()
         tokens = np.ascontiguousarray(tokens_BS.numpy())
         rows_BS, orders_BS = self.index.lookup(tokens, eod=self.bank.eod)
         rows_Bs, orders_Bs = self.slice.of(rows_BS), self.slice.of(orders_BS)
@@ -80,4 +84,4 @@ class MemoryFetcher:
         self.bank.gather(found, memory.row_bits()[1 : 1 + found.size])
         memory.header[5] = 1 + found.size
         counts = np.bincount(orders_Bs.ravel(), minlength=self.bank.max_order + 1)
-        return Fetched(memory, counts, int(found.size))
+        return Fetched(memory, counts, int(found.size), time.perf_counter() - started)

@@ -103,8 +103,9 @@ class MemorySite(MegatronModule):  # type: ignore[misc]
         delta_SBH = gated_SBH
         if self.site.conv_kernel:
             delta_SBH = delta_SBH + self._convolved(gated_SBH, memory)
-        with torch.no_grad():
-            self.statistics.add(gate_SB1, memory.order_BS, delta_SBH, hidden_SBH)
+        if self.training:
+            with torch.no_grad():
+                self.statistics.add(gate_SB1, memory.order_BS, delta_SBH, hidden_SBH)
         return hidden_SBH + delta_SBH
 
     def _gated_value(self, hidden_SBH: torch.Tensor, memory: MicroBatchMemory) -> tuple[torch.Tensor, torch.Tensor]:
@@ -144,7 +145,7 @@ class MemorySite(MegatronModule):  # type: ignore[misc]
 
 
 class SiteStatistics:
-    """Running sums over forward passes, kept on the device so that a step never waits for them."""
+    """Running sums over training forward passes, kept on the device so that a step never waits for them."""
 
     NAMES = ("hits", "gate", "positions", "relative_delta")
 
@@ -157,9 +158,8 @@ class SiteStatistics:
         """Count one micro-batch: hits, sum of the gate over hits, positions, sum of |delta| / |h|."""
         hit_SB = (order_BS.t() > 0).float()
         ratio_SB = delta_SBH.float().norm(dim=-1) / hidden_SBH.float().norm(dim=-1).clamp_min(1e-12)
-        sums = torch.stack(
-            [hit_SB.sum(), (gate_SB1[..., 0].float() * hit_SB).sum(), hit_SB.new_tensor(hit_SB.numel()), ratio_SB.sum()]
-        )
+        positions = torch.ones_like(hit_SB).sum()  # not from a Python number: that would be a copy to the device
+        sums = torch.stack([hit_SB.sum(), (gate_SB1[..., 0].float() * hit_SB).sum(), positions, ratio_SB.sum()])
         self._sums = sums if self._sums is None else self._sums + sums
 
     def drain(self, device: torch.device) -> torch.Tensor:

@@ -115,6 +115,7 @@ def _check_layers(settings: GraftSettings, num_layers: int) -> None:
         raise ConfigError(
             "--graft-layers", "names a layer that the model does not have, or one twice", got=list(settings.layers),
             expected=f"distinct numbers from 1 to --num-layers {num_layers}",
+            remedy="Choose layers of this model, or give it more of them.",
         )  # fmt: skip
 
 
@@ -180,4 +181,4 @@ def _refuse(args: argparse.Namespace, rules: tuple[tuple[str, Any, str], ...]) -
     for flag, refused, reason in rules:
         if refused:
             value = getattr(args, flag.removeprefix("--").replace("-", "_"))
-            raise ConfigError(flag, f"is not supported here: {reason}", got=value)
+            raise ConfigError(flag, f"is not supported here: {reason}", got=value, remedy=f"Leave {flag} out.")

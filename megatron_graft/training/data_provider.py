@@ -41,15 +41,16 @@ class DatasetProvider:
         args = get_args()
         train, valid, test = build_datasets(args, num_samples)
         return (
-            self._stream(train, args.consumed_train_samples, args.micro_batch_size, args.num_workers),
-            self._stream(valid, args.consumed_valid_samples, args.eval_micro_batch_size, args.num_workers),
-            self._stream(test, 0, args.eval_micro_batch_size, args.num_workers),
+            self._stream(train, args.consumed_train_samples, args.micro_batch_size, counted=True),
+            self._stream(valid, args.consumed_valid_samples, args.eval_micro_batch_size, counted=False),
+            self._stream(test, 0, args.eval_micro_batch_size, counted=False),
         )
 
-    def _stream(self, dataset: Any, consumed: int, micro_batch_size: int, workers: int) -> MicroBatchStream | None:
+    def _stream(self, dataset: Any, consumed: int, micro_batch_size: int, *, counted: bool) -> MicroBatchStream | None:
         if dataset is None:
             return None
-        return self.look_ahead.stream(_loader(dataset, consumed, micro_batch_size, workers))
+        loader = _loader(dataset, consumed, micro_batch_size, get_args().num_workers)
+        return self.look_ahead.stream(loader, counted=counted)
 
 
 def build_datasets(args: argparse.Namespace, num_samples: Sequence[int]) -> tuple[Any, Any, Any]:

@@ -15,14 +15,16 @@ from megatron.core.utils import unwrap_model
 from megatron.training.checkpointing import load_checkpoint
 from megatron.training.initialize import initialize_megatron
 
+from megatron_graft.bank.reader import open_bank
 from megatron_graft.data.memory_fetcher import MemoryFetcher, SequenceSlice
 from megatron_graft.data.tokenizer import TextTokenizer
 from megatron_graft.errors import ConfigError
+from megatron_graft.lookup.index import SuffixIndex, open_index
 from megatron_graft.memory.site import MemorySite
 from megatron_graft.training.data_provider import build_datasets
 from megatron_graft.training.evaluation import EvaluationText, Evaluator, bigram_baseline
 from megatron_graft.training.identity import checkpoint_to_load
-from megatron_graft.training.memory_setup import RunMemory, run_tokenizer
+from megatron_graft.training.memory_setup import RunMemory, check_tokenizer, run_tokenizer
 from megatron_graft.training.run import RUN_FILE, model_config, parse_arguments
 
 RESULT_FILE = "evaluation.json"
@@ -34,7 +36,9 @@ _ONE_PROCESS = (
 )  # fmt: skip
 
 
-def evaluate_run(run_dir: Path, data: dict[str, str], extra: list[str], if_finished: bool) -> dict[str, Any] | None:
+def evaluate_run(
+    run_dir: Path, data: dict[str, str], extra: list[str], *, if_finished: bool = False, classify_by: Path | None = None
+) -> dict[str, Any] | None:
     """Evaluate the newest checkpoint of a run.
 
     Args:
@@ -43,6 +47,7 @@ def evaluate_run(run_dir: Path, data: dict[str, str], extra: list[str], if_finis
             share is read.
         extra: Megatron flags appended to the run's own.
         if_finished: return None instead if the run has not reached its last step.
+        classify_by: bank whose matches split the losses of a run without a bank of its own, for comparison.
 
     Returns:
         What ``evaluation.json`` holds.
@@ -68,7 +73,7 @@ def evaluate_run(run_dir: Path, data: dict[str, str], extra: list[str], if_finis
     tokenizer = run_tokenizer(args)
     texts = {name: EvaluationText.read(prefix, tokenizer, _split_of(prefix, args)) for name, prefix in data.items()}
     fetcher = MemoryFetcher(memory.bank, memory.index, SequenceSlice()) if memory else None
-    evaluator = Evaluator(model, args, tokenizer, fetcher)
+    evaluator = Evaluator(model, args, tokenizer, fetcher, _classifier(memory, classify_by, args))
     seen = iteration * batch
     return {
         "iteration": iteration,
@@ -90,6 +95,16 @@ def _recorded_arguments(run_dir: Path) -> list[str]:
         )  # fmt: skip
     arguments = json.loads(path.read_text(encoding="utf-8"))["arguments"]
     return [str(argument) for argument in arguments]
+
+
+def _classifier(memory: RunMemory | None, bank: Path | None, args: argparse.Namespace) -> SuffixIndex | None:
+    if memory is not None:
+        return memory.index
+    if bank is None:
+        return None
+    opened = open_bank(bank)
+    check_tokenizer(opened, args)
+    return open_index(opened)
 
 
 def _split_of(prefix: str, args: argparse.Namespace) -> str | None:

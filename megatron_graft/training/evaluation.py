@@ -28,6 +28,7 @@ from megatron_graft.data.memory_fetcher import MemoryFetcher
 from megatron_graft.data.tokenizer import TextTokenizer
 from megatron_graft.errors import DataError
 from megatron_graft.log import Progress
+from megatron_graft.lookup.index import SuffixIndex
 from megatron_graft.memory.site import MemorySite
 from megatron_graft.training.count_baseline import BigramModel
 from megatron_graft.training.forward_step import run_model
@@ -117,12 +118,19 @@ class Evaluator:
         args: Megatron's arguments of the run.
         tokenizer: the run's tokenizer.
         fetcher: where memory comes from; None for the stock model.
+        index: tells the length of the match at every position, by which losses are split; None if nothing does.
     """
 
     def __init__(
-        self, model: Any, args: argparse.Namespace, tokenizer: TextTokenizer, fetcher: MemoryFetcher | None
+        self,
+        model: Any,
+        args: argparse.Namespace,
+        tokenizer: TextTokenizer,
+        fetcher: MemoryFetcher | None,
+        index: SuffixIndex | None,
     ) -> None:
-        self.model, self.args, self.tokenizer, self.fetcher = model, args, tokenizer, fetcher
+        self.model, self.args, self.tokenizer = model, args, tokenizer
+        self.fetcher, self.index = fetcher, index
 
     def evaluate(self, name: str, text: EvaluationText) -> dict[str, Any]:
         """The losses on a text, with the memory and, where there is one, with it bypassed."""
@@ -135,7 +143,7 @@ class Evaluator:
 
     @torch.no_grad()
     def _losses(self, name: str, text: EvaluationText) -> LossByOrder:
-        losses = LossByOrder(self.fetcher.bank.max_order if self.fetcher else 0)
+        losses = LossByOrder(self.index.max_order if self.index else 0)
         length, size = self.args.seq_length, self.args.micro_batch_size
         progress = Progress(f"evaluate {name}", text.tokens.size - 1, "tokens")
         windows = list(text.windows(length, self.tokenizer.eod))
@@ -143,19 +151,24 @@ class Evaluator:
             inputs_BS, labels_BS, mask_BS = (
                 np.stack(part) for part in zip(*windows[start : start + size], strict=True)
             )
-            losses_BS, orders_BS = self._forward(torch.from_numpy(inputs_BS), torch.from_numpy(labels_BS))
+            losses_BS = self._forward(torch.from_numpy(inputs_BS), torch.from_numpy(labels_BS))
+            orders_BS = self._orders(inputs_BS)
             losses.add(losses_BS[mask_BS], orders_BS[mask_BS])
             progress.advance(int(mask_BS.sum()))
         progress.finish()
         return losses
 
-    def _forward(self, inputs_BS: torch.Tensor, labels_BS: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
+    def _orders(self, inputs_BS: np.ndarray) -> np.ndarray:
+        if self.index is None:
+            return np.zeros(inputs_BS.shape, dtype=np.uint8)
+        _, orders_BS = self.index.lookup(inputs_BS, eod=self.tokenizer.eod)
+        return orders_BS
+
+    def _forward(self, inputs_BS: torch.Tensor, labels_BS: torch.Tensor) -> np.ndarray:
         device = torch.cuda.current_device()
-        orders_BS: np.ndarray = np.zeros(tuple(inputs_BS.shape), dtype=np.uint8)
         packed = None
         if self.fetcher is not None:
-            memory = self.fetcher.fetch(inputs_BS, 0).memory
-            orders_BS, packed = memory.order_BS.numpy(), memory.packed.to(device)
+            packed = self.fetcher.fetch(inputs_BS, 0).memory.packed.to(device)
         tensors = {
             "tokens": inputs_BS.to(device),
             "labels": labels_BS.to(device),
@@ -164,7 +177,7 @@ class Evaluator:
             "attention_mask": None,
         }
         losses_BS = run_model(self.model, tensors, packed)
-        return losses_BS.float().cpu().numpy().astype(np.float64), orders_BS
+        return losses_BS.float().cpu().numpy().astype(np.float64)
 
 
 @contextlib.contextmanager

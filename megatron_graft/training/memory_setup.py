@@ -49,7 +49,7 @@ def open_run_memory(settings: GraftSettings, args: argparse.Namespace) -> RunMem
     if args.seq_length < bank.max_order:
         raise ConfigError(
             "--seq-length", "is shorter than the bank's longest n-gram", got=args.seq_length,
-            expected=f"at least {bank.max_order}",
+            expected=f"at least {bank.max_order}", remedy="Lengthen it, or build a bank with shorter --orders.",
         )  # fmt: skip
     site = SiteConfig(
         row_dim=bank.row_dim,

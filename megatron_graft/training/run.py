@@ -22,8 +22,8 @@ from megatron.training.argument_utils import gpt_config_from_args, pretrain_cfg_
 from megatron.training.arguments import parse_and_validate_args
 
 from megatron_graft.compat.megatron import require_megatron, use_shipped_dataset_helpers
-from megatron_graft.compat.optional import describe_optional_packages
 from megatron_graft.compat.optimizer_restart import mend_optimizer_restart
+from megatron_graft.compat.optional import describe_optional_packages
 from megatron_graft.compat.rebind import rebind
 from megatron_graft.data.look_ahead import LookAhead
 from megatron_graft.data.memory_fetcher import MemoryFetcher, SequenceSlice

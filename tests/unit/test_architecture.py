@@ -25,6 +25,7 @@ BELOW = {
     "data": BASE | {"ngram", "bank", "lookup", "compat"},
     "memory": BASE | {"ngram", "bank", "lookup", "compat", "data"},
     "models": BASE | {"ngram", "bank", "lookup", "compat", "data", "memory"},
+    "reporting": BASE | {"ngram", "bank"},
     "training": BASE | {"ngram", "bank", "lookup", "compat", "data", "memory", "models"},
 }
 NATIVE_USERS = {"lookup", "building", "bank"}  # the rooms that may call the compiled extension
@@ -101,7 +102,7 @@ def _top_level(tree: ast.Module) -> Iterator[ast.stmt]:
 
 
 def _heavy_faults(room: str, module: str, top: str, eager: bool) -> Iterator[str]:
-    if room in ("base", "ngram", "bank", "lookup"):
+    if room in ("base", "ngram", "bank", "lookup", "reporting"):
         yield f"{room} runs without {top}"
     if room == "building":
         if top not in LAZY_IN_BUILDING.get(module.split(".")[-1], ()):
@@ -181,7 +182,7 @@ def test_an_allowed_import_is_not_a_fault(module: str, source: str) -> None:
 def test_the_core_runs_without_torch_and_megatron() -> None:
     program = f"""
 import importlib, pkgutil, sys
-for room in ("ngram", "bank", "lookup", "building"):
+for room in ("ngram", "bank", "lookup", "building", "reporting"):
     package = importlib.import_module(f"megatron_graft.{{room}}")
     for found in pkgutil.iter_modules(package.__path__, package.__name__ + "."):
         importlib.import_module(found.name)

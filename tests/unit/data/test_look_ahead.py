@@ -137,11 +137,13 @@ def test_waiting_for_a_slow_source_is_reported_as_stall() -> None:
     assert statistics.micro_batches == 3
 
 
-def test_statistics_count_what_was_taken(bank: Bank) -> None:
+def test_statistics_count_training_and_not_validation(bank: Bank) -> None:
     look_ahead = look_ahead_over(bank)
-    for batch in look_ahead.stream(batches(4)):
-        look_ahead.take(batch)
+    for stream in (look_ahead.stream(batches(4)), look_ahead.stream(batches(7), counted=False)):
+        for batch in stream:
+            look_ahead.take(batch)
     statistics = look_ahead.drain_statistics()
     assert statistics.order_counts.tolist() == [8, 0, 4, 4]
     assert statistics.unique_rows == 8
+    assert statistics.micro_batches == 4
     assert look_ahead.drain_statistics().order_counts.sum() == 0
