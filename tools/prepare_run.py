@@ -10,6 +10,7 @@ import argparse
 import fcntl
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -20,10 +21,11 @@ from pathlib import Path
 if __package__ in (None, ""):  # run as a file from a checkout
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from megatron_graft.bank.reader import open_bank
 from megatron_graft.commands import run_command
 from megatron_graft.data.preprocess import is_complete
 from megatron_graft.data.tokenizer import load_tokenizer
-from megatron_graft.errors import ConfigError, GraftError
+from megatron_graft.errors import ConfigError, DataError, GraftError, IdentityError
 from megatron_graft.files import write_json_atomically
 from megatron_graft.log import format_seconds, get_logger
 
@@ -67,6 +69,7 @@ class Preparation:
             raise ConfigError(
                 "--data-path", "was given without its tokenizer", remedy="Add --tokenizer-model (TOKENIZER_MODEL)."
             )
+        _check_data(arguments.data_path or [])
         if not arguments.data_path:
             self._corpus()
             if not arguments.tokenizer_model:
@@ -74,6 +77,8 @@ class Preparation:
             self._data()
         if arguments.bank is None:
             self._bank()
+        elif arguments.bank != NO_BANK:
+            self._check_bank(Path(arguments.bank))
 
     def _corpus(self) -> None:
         options = ["--output", self.work / "corpus", "--cache", self.work / "cache"]
@@ -119,6 +124,15 @@ class Preparation:
         options += ["--coverage", *coverage] if coverage else []
         self._stage("bank", "build_bank", [*options, *self.arguments.bank_arguments])
 
+    def _check_bank(self, path: Path) -> None:
+        """Say now what the training would say later, in every process and under its launcher's traceback."""
+        bank, tokenizer = open_bank(path), load_tokenizer(self.tokenizer)
+        if bank.tokenizer_fingerprint != tokenizer.fingerprint:
+            raise IdentityError(
+                f"--bank {path}", f"was not made for the tokenizer {self.tokenizer}", got=bank.tokenizer_fingerprint,
+                expected=tokenizer.fingerprint, remedy="Give the bank's tokenizer, or no bank to have one built.",
+            )  # fmt: skip
+
     def _stage(self, name: str, tool: str, options: list[object]) -> None:
         """Run one command in a process of its own, so that its memory is gone afterwards, and note its time."""
         started = time.monotonic()
@@ -135,6 +149,18 @@ class Preparation:
         stages = json.loads(path.read_text()) if path.is_file() else {}
         stages[name] = round(max(seconds, stages.get(name, 0.0)), 1)
         write_json_atomically(path, stages)
+
+
+def _check_data(blend: list[str]) -> None:
+    for item in blend:
+        if re.fullmatch(r"[\d.]+", item):  # a weight
+            continue
+        for path in (Path(f"{item}.bin"), Path(f"{item}.idx")):
+            if not path.is_file():
+                raise DataError(
+                    f"--data-path {item}", f"has no {path.name}", expected="the prefix of a Megatron data set",
+                    remedy="Leave out .bin and .idx, or make it with tools/preprocess_data.py.",
+                )  # fmt: skip
 
 
 def _tool(name: str) -> list[str]:

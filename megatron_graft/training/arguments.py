@@ -165,7 +165,8 @@ def _check_layout(args: argparse.Namespace) -> None:
             (
                 "--virtual-pipeline-model-parallel-size",
                 args.virtual_pipeline_model_parallel_size is not None,
-                "interleaved pipelines have no memory sites yet",
+                "interleaved pipelines (--num-layers-per-virtual-pipeline-stage, --num-virtual-stages-per-pipeline-rank) "
+                "have no memory sites yet",
             ),
             ("--mtp-num-layers", args.mtp_num_layers is not None, "multi-token prediction beside sites is not tested"),
             ("--cuda-graph-impl", args.cuda_graph_impl != "none", "a captured graph would replay one micro-batch"),
@@ -181,4 +182,4 @@ def _refuse(args: argparse.Namespace, rules: tuple[tuple[str, Any, str], ...]) -
     for flag, refused, reason in rules:
         if refused:
             value = getattr(args, flag.removeprefix("--").replace("-", "_"))
-            raise ConfigError(flag, f"is not supported here: {reason}", got=value, remedy=f"Leave {flag} out.")
+            raise ConfigError(flag, f"is not supported here: {reason}", got=value, remedy="Leave it out.")
