@@ -166,10 +166,10 @@ else
         --no-rope-fusion
         --no-persist-layer-norm
     )
-    export TORCHDYNAMO_DISABLE=1
     WORKERS="${LOCAL_WORLD_SIZE:-${PROCESSES}}"
     THREADS=$(($(nproc) / WORKERS))
     export OMP_NUM_THREADS="${GRAFT_THREADS:-$((THREADS > 0 ? THREADS : 1))}"
+    export OMP_WAIT_POLICY="${OMP_WAIT_POLICY:-PASSIVE}" # spinning threads stall each other where a core is shared
 fi
 export CUDA_DEVICE_MAX_CONNECTIONS="${CUDA_DEVICE_MAX_CONNECTIONS:-1}"
 

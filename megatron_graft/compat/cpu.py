@@ -7,6 +7,8 @@ this process; no file is touched. What is rebound, and why:
   generator is the CPU generator, memory statistics are zero;
 * tensor factories and ``.to`` map the device "cuda" to the CPU and drop ``pin_memory``;
 * ``Tensor.type()`` answers with the CUDA spelling that Megatron's optimizers compare against;
+* torch's compiler stays off (``TORCHDYNAMO_DISABLE``): Megatron decorates functions with it, and it stumbles over the
+  stand-ins;
 * ``dist.all_to_all_single`` accepts split sizes given as tensors (Megatron converts them only on CUDA).
 """
 
@@ -15,6 +17,7 @@ from __future__ import annotations
 import collections
 import contextlib
 import functools
+import os
 import sys
 import time
 import types
@@ -55,6 +58,7 @@ def install() -> bool:
             "was installed after megatron had been imported",
             remedy="Call megatron_graft.compat.cpu.install() before the first `import megatron`.",
         )
+    os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
     _rebind_cuda_namespace()
     _rebind_cuda_generator()
     _rebind_factories()

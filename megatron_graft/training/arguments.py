@@ -165,8 +165,8 @@ def _check_layout(args: argparse.Namespace) -> None:
             (
                 "--virtual-pipeline-model-parallel-size",
                 args.virtual_pipeline_model_parallel_size is not None,
-                "interleaved pipelines (--num-layers-per-virtual-pipeline-stage, --num-virtual-stages-per-pipeline-rank) "
-                "have no memory sites yet",
+                "interleaved pipelines (--num-layers-per-virtual-pipeline-stage or "
+                "--num-virtual-stages-per-pipeline-rank) have no memory sites yet",
             ),
             ("--mtp-num-layers", args.mtp_num_layers is not None, "multi-token prediction beside sites is not tested"),
             ("--cuda-graph-impl", args.cuda_graph_impl != "none", "a captured graph would replay one micro-batch"),

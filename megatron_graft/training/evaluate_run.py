@@ -116,6 +116,8 @@ def _single_process_environment() -> None:
     with socket.socket() as probe:
         probe.bind(("localhost", 0))
         port = probe.getsockname()[1]
+    # Below a torchrun this process would wait for the launcher's store, which listens on another port.
+    os.environ.pop("TORCHELASTIC_USE_AGENT_STORE", None)
     os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="localhost", MASTER_PORT=str(port))
 
 
