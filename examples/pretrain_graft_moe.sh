@@ -116,7 +116,7 @@ fi
 TRAINING_ARGS=(
     --micro-batch-size 8
     --global-batch-size 16
-    --train-iters 400
+    --train-iters 375
     --lr 2e-3
     --min-lr 2e-4
     --lr-decay-style cosine
@@ -125,11 +125,12 @@ TRAINING_ARGS=(
     --adam-beta1 0.9
     --adam-beta2 0.95
     --clip-grad 1.0
+    --use-distributed-optimizer
     --seed 1234
 )
 LOGGING_ARGS=(
     --log-interval 10
-    --eval-interval 200
+    --eval-interval 125
     --eval-iters 4
     --tensorboard-dir "${RUN_DIR}/tensorboard"
     --graft-run-dir "${RUN_DIR}"
@@ -137,7 +138,7 @@ LOGGING_ARGS=(
 CHECKPOINT_ARGS=(
     --save "${RUN_DIR}/checkpoints"
     --load "${RUN_DIR}/checkpoints"
-    --save-interval 100
+    --save-interval 125
     --ckpt-format torch_dist
     --exit-signal-handler
 )
@@ -155,7 +156,9 @@ print("transformer_engine" if probe().usable else "local")')"
         DEVICE_ARGS+=(--no-persist-layer-norm --no-gradient-accumulation-fusion)
     fi
 else
-    PROCESSES="${GPUS_PER_NODE:-1}"
+    # Two processes of one thread beat one process of two wherever a core is shared: threads wait for each other at the
+    # end of every small operation, data-parallel ranks once a step.
+    PROCESSES="${GPUS_PER_NODE:-$(($(nproc) > 1 ? 2 : 1))}"
     DEVICE_ARGS=( # what has no kernel on a CPU
         --distributed-backend gloo
         --transformer-impl local
@@ -169,7 +172,6 @@ else
     WORKERS="${LOCAL_WORLD_SIZE:-${PROCESSES}}"
     THREADS=$(($(nproc) / WORKERS))
     export OMP_NUM_THREADS="${GRAFT_THREADS:-$((THREADS > 0 ? THREADS : 1))}"
-    export OMP_WAIT_POLICY="${OMP_WAIT_POLICY:-PASSIVE}" # spinning threads stall each other where a core is shared
 fi
 export CUDA_DEVICE_MAX_CONNECTIONS="${CUDA_DEVICE_MAX_CONNECTIONS:-1}"
 

@@ -109,7 +109,7 @@ def run_pretraining() -> None:
     started = time.time()
     args, settings, memory = parse_arguments()
     if settings.run_dir is not None and args.rank == 0:
-        _record_command(settings.run_dir, started)
+        _record_command(settings.run_dir, started, args.world_size)
     config = model_config(args, memory)
     setup = _DeferredSetup(args, settings, memory, config.transformer)
     config.post_wrap_hooks.append(setup.after_model_is_built)
@@ -188,6 +188,6 @@ class _DeferredSetup:
         return training_log
 
 
-def _record_command(run_dir: Path, started: float) -> None:
+def _record_command(run_dir: Path, started: float, world_size: int) -> None:
     """Keep the command line, so that evaluation can build the same model."""
-    write_json_atomically(run_dir / RUN_FILE, {"arguments": sys.argv[1:], "started": started})
+    write_json_atomically(run_dir / RUN_FILE, {"arguments": sys.argv[1:], "world_size": world_size, "started": started})

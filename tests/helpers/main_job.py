@@ -71,6 +71,7 @@ class Job:
             "BANK_ARGUMENTS": f"--num-rows {NUM_ROWS} --donor-layers {DONOR_LAYER}",
             "GRAFT_LAYERS": "1 2",
             "DEVICE": "cpu",
+            "GPUS_PER_NODE": "1",
             "GRAFT_THREADS": "1",
             "MASTER_PORT": str(free_port()),
             **more,
