@@ -6,6 +6,7 @@ Writes <run>/evaluation.json. Any Megatron flag given after the options is appen
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 import time
 from pathlib import Path
@@ -26,7 +27,8 @@ def parse_arguments(argv: list[str] | None) -> tuple[argparse.Namespace, list[st
     )
     parser.add_argument("run_dir", type=Path, metavar="RUN", help="directory of the run (its --graft-run-dir)")
     parser.add_argument("--data", nargs="+", required=True, metavar="NAME=PREFIX", help=".bin/.idx data sets")
-    parser.add_argument("--if-finished", action="store_true", help="do nothing if the run is not at its last step")
+    parser.add_argument("--if-finished", action="store_true",
+                        help="do nothing if the run is not at its last step, or is evaluated already")  # fmt: skip
     parser.add_argument("--classify-by", type=Path, metavar="BANK",
                         help="split the losses of a run without memory by this bank's matches")  # fmt: skip
     return parser.parse_known_args(argv)
@@ -40,6 +42,20 @@ def _named(items: list[str]) -> dict[str, str]:
             raise ConfigError("--data", "needs a name for each data set", got=item, expected="NAME=PREFIX")
         named[name] = prefix
     return named
+
+
+def _is_up_to_date(result_file: Path, asked: dict[str, Any]) -> bool:
+    """Whether the same was asked of the checkpoint that is still the newest, and nothing was saved since."""
+    if not result_file.is_file():
+        return False
+    result = json.loads(result_file.read_text(encoding="utf-8"))
+    newest = Path(result["checkpoint"]).with_name("latest_checkpointed_iteration.txt")
+    return (
+        result.get("asked") == asked
+        and newest.is_file()
+        and newest.read_text().strip() == str(result["iteration"])
+        and newest.stat().st_mtime < result_file.stat().st_mtime
+    )
 
 
 def _print(name: str, result: dict[str, Any]) -> None:
@@ -57,6 +73,10 @@ def main(argv: list[str] | None = None) -> int:
 
     def body() -> None:
         started = time.monotonic()
+        asked = {"data": data, "classify_by": str(arguments.classify_by), "flags": extra}
+        if arguments.if_finished and _is_up_to_date(arguments.run_dir / "evaluation.json", asked):
+            print(f"{arguments.run_dir}: evaluated already")
+            return
         from megatron_graft.compat import cpu
 
         cpu.install()
@@ -69,6 +89,7 @@ def main(argv: list[str] | None = None) -> int:
         if result is None:
             print(f"{arguments.run_dir}: training is not finished; run it again to resume. Not evaluated.")
             return
+        result["asked"] = asked
         result["seconds"] = round(time.monotonic() - started, 1)
         write_json_atomically(arguments.run_dir / RESULT_FILE, result)
         for name, part in result["data"].items():

@@ -227,6 +227,7 @@ def test_a_second_call_makes_and_trains_nothing_and_finds_the_same(prepared: Job
     assert [snapshot(path) for path in lasting] == before
     assert (run / "metrics.jsonl").read_bytes() == metrics
     assert "graft step" not in again.output
+    assert "evaluated already" in again.output
     assert again.output.count("complete, skipped") == 3  # the data sets
     assert len(re.findall("is complete.*: nothing to do", again.output)) == 3  # corpus, tokenizer, bank
     assert evaluation_of(prepared, "graft_moe")["data"] == found["data"]
