@@ -181,7 +181,8 @@ ARGS=(
 )
 
 # ---------------------------------------------------------------- run
-# Signals sent to this script reach the training, which saves a checkpoint on SIGTERM (or on --exit-signal).
+# Signals sent to this script reach the training, which saves a checkpoint on SIGTERM. USR1 is passed on for Slurm, where
+# torchrun starts this script; a torchrun that this script started does not survive it.
 forwarding_signals() {
     "$@" &
     local child=$! status=0

@@ -82,7 +82,12 @@ class DonorIdentity:
 
 @dataclass(frozen=True, kw_only=True)
 class Processing:
-    """What was done to the donor's states: mean removed per dimension, rows scaled to RMS 1."""
+    """What was done to the donor's states, layer by layer.
+
+    Attributes:
+        centred: the mean over all rows was removed, per dimension.
+        normalised: rows were scaled to a root mean square of 1; with ``centred``, before and after the mean was taken.
+    """
 
     centred: bool
     normalised: bool
