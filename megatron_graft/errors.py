@@ -95,7 +95,7 @@ class BankFormatError(BankError):
 
 
 class BankVersionError(BankError):
-    """The bank was written by a newer format version than this package knows."""
+    """The bank was written in another version of the format than this package reads."""
 
 
 class IdentityError(GraftError):

@@ -13,6 +13,7 @@ if __package__ in (None, ""):  # run as a file from a checkout
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from megatron_graft.bank.manifest import Control
+from megatron_graft.bank.quantise import BUILD_DTYPES
 from megatron_graft.bank.reader import open_bank
 from megatron_graft.building.build import BankBuildConfig, build_bank, build_control
 from megatron_graft.building.coverage import coverage_path, coverage_table, measure_coverage, write_coverage
@@ -49,6 +50,9 @@ def build_parser() -> argparse.ArgumentParser:
     donor.add_argument("--batch-tokens", type=int, default=1024, help="most donor tokens of one forward pass")
     donor.add_argument("--threads", type=int, default=2, help="donor passes at a time, one CPU thread each")
     donor.add_argument("--raw", action="store_true", help="neither centre nor normalise the rows")
+    donor.add_argument(
+        "--row-dtype", default="bfloat16", choices=BUILD_DTYPES, help="what rows are stored as; int8 has a scale a row"
+    )
     control = parser.add_argument_group("controls")
     control.add_argument("--control", choices=("shuffled", "random"), help="same keys, other rows")
     control.add_argument("--seed", type=int, default=0, help="seed of the control")
@@ -97,6 +101,7 @@ def _run(arguments: argparse.Namespace) -> None:
         donor_layers=tuple(arguments.donor_layers),
         raw=arguments.raw,
         control=control,
+        row_dtype=arguments.row_dtype,
         output=arguments.output,
     )
     build_bank(config, tokenizer=tokenizer, encoder=donor)

@@ -19,15 +19,18 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("bank", type=Path, help="bank directory")
     parser.add_argument(
         "--depth",
-        choices=("header", "full"),
+        choices=("header", "sample", "full"),
         default="full",
-        help="header: manifest, sizes, headers and keys; full: every byte as well (default)",
+        help="header: manifest, sizes and headers, and that the index was made from these keys; sample: also some "
+        "thousand keys, looked up in the index; full: every byte and every key (default)",
     )
+    parser.add_argument("--threads", type=int, default=1, help="threads that look the keys up")
     arguments = parser.parse_args(argv)
 
     def body() -> None:
-        bank = open_bank(arguments.bank, verify=arguments.depth)
-        print(f"{bank.path}: {arguments.depth} check passed, {bank.num_rows:,} rows x {bank.row_dim}")
+        bank = open_bank(arguments.bank, verify=arguments.depth, threads=arguments.threads)
+        rows = f"{bank.num_rows:,} rows x {bank.row_dim} {bank.row_layout.dtype.name}"
+        print(f"{bank.path}: {arguments.depth} check passed, {rows}")
         print(f"digest {bank.digest}")
 
     return run_command(body)

@@ -1,42 +1,47 @@
 """``bank.json``: what a bank is (its identity) and where it came from (its provenance).
 
-The identity holds everything that can change a result, the digests of all files included; the bank's digest
-is the SHA-256 of its canonical JSON. Dates, hosts and figures of the build are provenance and stay outside
-it.
+The identity holds everything that can change a result, the digests of keys and rows included; the bank's digest
+is the SHA-256 of its canonical JSON. The index follows from the keys, so it stands beside the identity: a better
+index of the same keys is the same bank. Dates, hosts and figures of the build are provenance and stay outside too.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, cast
 
 from megatron_graft.bank.fields import Fields
+from megatron_graft.bank.row_layout import ROW_DTYPES
 from megatron_graft.errors import BankFormatError, BankIncompleteError, BankVersionError
 from megatron_graft.files import canonical_json
 
 FORMAT_NAME = "megatron-graft-bank"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 MANIFEST_NAME = "bank.json"
 KEYS_NAME = "keys.safetensors"
-ROW_DTYPE = "bfloat16"
-MAX_ORDER = 255
-MAX_ROWS = 2**32 - 2
-MAX_VOCAB_SIZE = 2**31 - 1
+INDEX_NAME = "index.qbt"
+MAX_ORDER = 8
+MAX_NODES = 2**32 - 1
+"""Most rows and phantoms together: the index numbers both with 32 bits, of which the highest means "none"."""
+MAX_VOCAB_SIZE = 2**20
+MAX_SHARDS = 99_999
 _MAX_MANIFEST_BYTES = 1 << 24
 _MAX_SIZE = 2**63 - 1
 
 COPY_AGAIN = "Copy or build the bank again."
+_REBUILD = "Rebuild the bank with tools/build_bank.py."
 
 ControlKind = Literal["shuffled", "random"]
 
 
-def rows_name(layer: int) -> str:
-    """Name of the file that holds the rows of one donor layer."""
-    return f"rows-00000-of-00001.layer-{layer}.safetensors"
+def rows_name(layer: int, shard: int = 0, shards: int = 1) -> str:
+    """Name of the file that holds one shard of the rows of one donor layer."""
+    return f"rows-{shard:05d}-of-{shards:05d}.layer-{layer}.safetensors"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,8 +143,31 @@ class FileIdentity:
 
 
 @dataclass(frozen=True, kw_only=True)
+class IndexFile(FileIdentity):
+    """The index file, and how many suffixes of keys in it are no keys themselves."""
+
+    phantoms: int
+
+    @classmethod
+    def from_fields(cls, fields: Fields) -> IndexFile:
+        """Take apart ``index``."""
+        index = cls(
+            name=fields.text("name", re.escape(INDEX_NAME)),
+            bytes=fields.integer("bytes", 0, _MAX_SIZE),
+            sha256=fields.sha256("sha256"),
+            phantoms=fields.integer("phantoms", 0, MAX_NODES - 1),
+        )
+        fields.done()
+        return index
+
+
+@dataclass(frozen=True, kw_only=True)
 class Identity:
-    """All that can change a result. ``row_dim`` is the width of a row over all donor layers, in elements."""
+    """All that can change a result.
+
+    ``row_dim`` is the width of a row over all donor layers, in elements; ``row_dtype`` one of
+    :data:`~megatron_graft.bank.row_layout.ROW_DTYPES`; ``files`` the keys, then layer by layer its shards.
+    """
 
     tokenizer: TokenizerIdentity
     orders: tuple[int, ...]
@@ -159,9 +187,9 @@ class Identity:
         identity = cls(
             tokenizer=TokenizerIdentity.from_fields(fields.object("tokenizer")),
             orders=fields.integers("orders", 1, MAX_ORDER),
-            num_rows=fields.integer("num_rows", 1, MAX_ROWS),
+            num_rows=fields.integer("num_rows", 1, MAX_NODES),
             row_dim=fields.integer("row_dim", 1, 2**31 - 1),
-            row_dtype=fields.text("row_dtype", ROW_DTYPE),
+            row_dtype=fields.text("row_dtype", "|".join(ROW_DTYPES)),
             processing=Processing.from_fields(fields.object("processing")),
             control=None if control is None else Control.from_fields(Fields(control, f"{where}.control")),
             donor=DonorIdentity.from_fields(fields.object("donor")),
@@ -174,10 +202,22 @@ class Identity:
     def _check(self, where: str) -> None:
         if list(self.orders) != sorted(self.orders):
             raise BankFormatError(f"{where}.orders", "is not ascending", got=list(self.orders))
-        names = [file.name for file in self.files]
-        expected = [KEYS_NAME, *map(rows_name, self.donor.layers)]
-        if names != expected:
-            raise BankFormatError(f"{where}.files", "names the wrong files", got=names, expected=expected)
+        if not 1 <= self.shards <= MAX_SHARDS:
+            raise BankFormatError(f"{where}.files", "has a wrong number of files", got=len(self.files))
+        expected = [KEYS_NAME, *(name for layer in self.donor.layers for name in self.shard_names(layer))]
+        for place, name in enumerate(expected):
+            found = self.files[place].name if place < len(self.files) else "no more files"
+            if found != name:
+                raise BankFormatError(f"{where}.files.{place}", "is the wrong file", got=found, expected=name)
+
+    @property
+    def shards(self) -> int:
+        """How many files the rows of every donor layer lie in."""
+        return -(-(len(self.files) - 1) // len(self.donor.layers))
+
+    def shard_names(self, layer: int) -> list[str]:
+        """The files of one donor layer's rows, in row order."""
+        return [rows_name(layer, shard, self.shards) for shard in range(self.shards)]
 
     def to_json(self) -> dict[str, Any]:
         """The JSON object of this identity."""
@@ -198,7 +238,12 @@ class Manifest:
 
     identity: Identity
     digest: str
+    index: IndexFile
     provenance: Mapping[str, Any]
+
+    def files(self) -> tuple[FileIdentity, ...]:
+        """All files of the bank but the manifest itself."""
+        return (*self.identity.files, self.index)
 
     def to_json(self) -> dict[str, Any]:
         """The JSON object of this manifest."""
@@ -207,6 +252,7 @@ class Manifest:
             "version": FORMAT_VERSION,
             "identity": self.identity.to_json(),
             "digest": self.digest,
+            "index": asdict(self.index),
             "provenance": dict(self.provenance),
         }
 
@@ -217,22 +263,15 @@ class Manifest:
         Raises:
             BankFormatError: a field is missing, unknown, of the wrong type or at odds with another one, or
                 the digest does not belong to the identity.
-            BankVersionError: the format version is newer than this package knows.
+            BankVersionError: the format version is not the one this package writes.
         """
         fields = Fields(value, where)
         fields.text("format", FORMAT_NAME)
-        version = fields.integer("version", FORMAT_VERSION, _MAX_SIZE)
-        if version > FORMAT_VERSION:
-            raise BankVersionError(
-                where,
-                "was written by a newer format version",
-                got=version,
-                expected=f"at most {FORMAT_VERSION}",
-                remedy="Update megatron-graft or rebuild the bank.",
-            )
+        _check_version(fields.integer("version", 1, _MAX_SIZE), where)
         manifest = cls(
             identity=Identity.from_fields(fields.object("identity")),
             digest=fields.sha256("digest"),
+            index=IndexFile.from_fields(fields.object("index")),
             provenance=fields.take("provenance"),
         )
         fields.done()
@@ -246,7 +285,24 @@ class Manifest:
                 expected=manifest.identity.digest(),
                 remedy=COPY_AGAIN,
             )
+        nodes = manifest.identity.num_rows + manifest.index.phantoms
+        if nodes > MAX_NODES:
+            limit = f"at most {MAX_NODES} with the rows"
+            raise BankFormatError(f"{where}.index.phantoms", "is too large", got=nodes, expected=limit)
         return manifest
+
+
+def _check_version(version: int, where: str) -> None:
+    if version == FORMAT_VERSION:
+        return
+    older = version < FORMAT_VERSION
+    raise BankVersionError(
+        where,
+        f"was written by {'an older' if older else 'a newer'} format version",
+        got=version,
+        expected=FORMAT_VERSION,
+        remedy=_REBUILD if older else f"Update megatron-graft. {_REBUILD}",
+    )
 
 
 def read_manifest(directory: Path) -> Manifest:

@@ -26,9 +26,13 @@ _LENGTH_BYTES = 8
 _MAX_RANK = 8
 _WRITE_BYTES = 1 << 26
 
-# bfloat16 is held as its bits.
+# What NumPy does not have (bfloat16, float8) is held as its bits.
 NUMPY_TYPES: Mapping[str, type[np.generic]] = {
     "BF16": np.uint16,
+    "F16": np.float16,
+    "F32": np.float32,
+    "F8_E4M3": np.uint8,
+    "I8": np.int8,
     "U8": np.uint8,
     "I32": np.int32,
     "I64": np.int64,
@@ -69,8 +73,18 @@ def read_header(path: Path) -> dict[str, TensorEntry]:
 
 
 def map_tensor(path: Path, entry: TensorEntry) -> np.ndarray:
-    """Map one tensor, read-only; bfloat16 comes as its bits in uint16."""
-    return np.memmap(path, mode="r", dtype=NUMPY_TYPES[entry.dtype], offset=entry.offset, shape=entry.shape, order="C")
+    """Map one tensor, which must have elements, read-only; nothing is read until it is used.
+
+    bfloat16 comes as its bits in uint16, float8 in uint8.
+
+    Raises:
+        BankFormatError: the file cannot be mapped.
+    """
+    try:
+        mapped = np.memmap(path, mode="r", dtype=NUMPY_TYPES[entry.dtype], offset=entry.offset, shape=entry.shape)
+    except (OSError, ValueError) as error:
+        raise BankFormatError(path, "cannot be mapped", got=error) from error
+    return np.asarray(mapped)
 
 
 def write_tensors(

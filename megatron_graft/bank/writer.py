@@ -12,11 +12,13 @@ import numpy as np
 
 from megatron_graft.bank.arrays import ArrayError, check_array
 from megatron_graft.bank.fields import Fields
-from megatron_graft.bank.keys import BankKeys, check_keys, check_keys_distinct
+from megatron_graft.bank.index_file import build_index_file
+from megatron_graft.bank.keys import BankKeys, check_keys
 from megatron_graft.bank.manifest import (
     KEYS_NAME,
     MANIFEST_NAME,
-    ROW_DTYPE,
+    MAX_ORDER,
+    MAX_SHARDS,
     Control,
     DonorIdentity,
     FileIdentity,
@@ -26,10 +28,13 @@ from megatron_graft.bank.manifest import (
     TokenizerIdentity,
     rows_name,
 )
+from megatron_graft.bank.row_layout import ROW_DTYPES, WORD_BYTES, RowDtype
 from megatron_graft.bank.tensorfile import write_tensors
-from megatron_graft.errors import BankError
+from megatron_graft.errors import BankError, ConfigError
 from megatron_graft.files import directory_in_one_step
 from megatron_graft.log import Progress
+
+_SHARD_BYTES = 1 << 32
 
 
 def write_bank(
@@ -42,6 +47,10 @@ def write_bank(
     processing: Processing,
     control: Control | None,
     provenance: Mapping[str, Any],
+    row_dtype: str = "bfloat16",
+    scales: Mapping[int, np.ndarray] | None = None,
+    shard_rows: int | None = None,
+    threads: int = 1,
 ) -> Manifest:
     """Write a bank directory; it appears complete or not at all.
 
@@ -49,13 +58,17 @@ def write_bank(
         path: the directory to create; must not exist.
         keys: N keys in :func:`~megatron_graft.bank.keys.canonical_order`. Columns that no key uses are
             dropped.
-        layers: donor layer -> uint16 ``[N, D]`` rows as bfloat16 bits, C-contiguous; exactly
-            ``donor.layers``.
+        layers: donor layer -> ``[N, D]`` rows, C-contiguous, as the row dtype is held in NumPy (bfloat16 as its bits
+            in uint16, float8 as its bits in uint8); exactly ``donor.layers``.
         tokenizer: whose ids the keys are made of.
         donor: where the rows come from.
         processing: what was done to the rows.
         control: set for a control bank.
         provenance: anything JSON can hold that is worth knowing and changes no result.
+        row_dtype: one of :data:`~megatron_graft.bank.row_layout.ROW_DTYPES`.
+        scales: donor layer -> float32 ``[N]``; for int8 and float8 rows, and for those only.
+        shard_rows: most rows of one file; None for as many as fit in 4 GiB.
+        threads: to build the index with. The bytes do not depend on it.
 
     Returns:
         the manifest, as read back from what would be opened.
@@ -63,7 +76,9 @@ def write_bank(
     Raises:
         BankError: ``path`` exists, or the keys or rows are at odds with one another or with the identity.
         ArrayError: an array has the wrong dtype, shape or layout.
+        ConfigError: ``row_dtype``, ``shard_rows`` or ``threads`` is out of range.
         StorageError: the file system refused the write. Nothing is left behind.
+        NativeExtensionError: the extension is not built.
     """
     path = Path(path)
     if path.exists():
@@ -72,23 +87,31 @@ def write_bank(
     _check_part("donor", donor)
     _check_part("processing", processing)
     _check_part("control", control)
+    _check_settings(row_dtype, shard_rows, threads)
     keys, orders = _check_keys(path, keys, tokenizer)
-    num_rows = len(keys.key_orders)
-    _check_rows(layers, donor, num_rows)
+    dtype = ROW_DTYPES[row_dtype]
+    tensors = _checked_tensors(layers, scales or {}, donor, dtype, len(keys.key_orders))
+    row_files = _row_files(tensors, shard_rows or _rows_that_fit(tensors))
     with directory_in_one_step(path) as scratch:
-        files = _write_files(scratch, path.name, keys, [(layer, layers[layer]) for layer in donor.layers])
+        progress = Progress(f"write {path.name}", _bytes_of(keys, tensors), "bytes")
+        key_file = _write_file(scratch, KEYS_NAME, _key_tensors(keys), progress)
+        index = build_index_file(
+            scratch, keys, tokenizer.vocab_size,
+            fingerprint=tokenizer.fingerprint, keys_sha256=key_file.sha256, threads=threads, where=f"keys of {path}",
+        )  # fmt: skip
+        files = (key_file, *(_write_file(scratch, name, contents, progress) for name, contents in row_files.items()))
         identity = Identity(
             tokenizer=tokenizer,
             orders=orders,
-            num_rows=num_rows,
+            num_rows=len(keys.key_orders),
             row_dim=sum(rows.shape[1] for rows in layers.values()),
-            row_dtype=ROW_DTYPE,
+            row_dtype=row_dtype,
             processing=processing,
             control=control,
             donor=donor,
             files=files,
         )
-        manifest = Manifest(identity=identity, digest=identity.digest(), provenance=provenance)
+        manifest = Manifest(identity=identity, digest=identity.digest(), index=index, provenance=provenance)
         # The rest of what a reader would refuse is refused here, while nothing has been published yet.
         manifest = Manifest.from_json(manifest.to_json(), str(path / MANIFEST_NAME))
         text = json.dumps(manifest.to_json(), indent=2, ensure_ascii=False) + "\n"
@@ -102,40 +125,101 @@ def _check_part(name: str, part: TokenizerIdentity | DonorIdentity | Processing 
         part.from_fields(Fields(json.loads(json.dumps(asdict(part))), name))
 
 
+def _check_settings(row_dtype: str, shard_rows: int | None, threads: int) -> None:
+    if row_dtype not in ROW_DTYPES:
+        raise ConfigError("row_dtype", "is unknown", got=row_dtype, expected=", ".join(ROW_DTYPES))
+    for name, value in (("shard_rows", shard_rows), ("threads", threads)):
+        if value is not None and value < 1:
+            raise ConfigError(name, "is too small", got=value, expected="at least 1")
+
+
 def _check_keys(path: Path, keys: BankKeys, tokenizer: TokenizerIdentity) -> tuple[BankKeys, tuple[int, ...]]:
-    """Check the keys and drop columns that none uses; return them with the orders that occur."""
+    """Check the keys and drop columns that none uses; return them with the orders that occur.
+
+    That they are distinct is found by the index, which is built before any row is written.
+    """
     check_array("key_orders", keys.key_orders, dtypes=[np.uint8], shape=(None,))
     orders = tuple(np.unique(keys.key_orders).tolist())
     if not orders or orders[0] == 0:
         raise BankError(path, "would hold no key" if not orders else "would hold a key of no tokens")
+    if orders[-1] > MAX_ORDER:
+        raise BankError(path, "would hold a key of too many tokens", got=orders[-1], expected=f"at most {MAX_ORDER}")
     check_keys(keys, tokenizer, orders, f"keys of {path}")
-    check_keys_distinct(keys, f"keys of {path}")
     key_ids = np.ascontiguousarray(keys.key_ids[:, keys.key_ids.shape[1] - orders[-1] :])
     return BankKeys(key_ids=key_ids, key_orders=keys.key_orders, key_counts=keys.key_counts), orders
 
 
-def _check_rows(layers: Mapping[int, np.ndarray], donor: DonorIdentity, num_rows: int) -> None:
+def _checked_tensors(
+    layers: Mapping[int, np.ndarray],
+    scales: Mapping[int, np.ndarray],
+    donor: DonorIdentity,
+    dtype: RowDtype,
+    num_rows: int,
+) -> dict[int, dict[str, tuple[str, np.ndarray]]]:
+    """Donor layer, in column order -> tensor name -> (format dtype, array): what its files hold, not yet cut."""
     if set(layers) != set(donor.layers):
         raise ArrayError("layers", "are not the donor's layers", got=sorted(layers), expected=list(donor.layers))
-    for layer, rows in layers.items():
-        check_array(f"layers[{layer}]", rows, dtypes=[np.uint16], shape=(num_rows, None))
+    scaled = set(donor.layers) if dtype.scaled else set()
+    if set(scales) != scaled:
+        expected = sorted(scaled) if scaled else f"none with {dtype.name}"
+        raise ArrayError("scales", "are not those of the layers", got=sorted(scales), expected=expected)
+    tensors: dict[int, dict[str, tuple[str, np.ndarray]]] = {}
+    for layer in donor.layers:
+        rows = check_array(f"layers[{layer}]", layers[layer], dtypes=[dtype.numpy], shape=(num_rows, None))
+        tensors[layer] = {"rows": (dtype.tensor, rows)}
+        if dtype.scaled:
+            scale = check_array(f"scales[{layer}]", scales[layer], dtypes=[np.float32], shape=(num_rows,))
+            if not (np.isfinite(scale) & (scale >= 0)).all():
+                raise ArrayError(f"scales[{layer}]", "are not all finite and at least 0")
+            tensors[layer]["scales"] = ("F32", scale)
+    return tensors
 
 
-def _write_files(
-    scratch: Path, name: str, keys: BankKeys, layers: list[tuple[int, np.ndarray]]
-) -> tuple[FileIdentity, ...]:
-    tensors: dict[str, dict[str, tuple[str, np.ndarray]]] = {
-        KEYS_NAME: {
-            "key_counts": ("I64", keys.key_counts),
-            "key_ids": ("I32", keys.key_ids),
-            "key_orders": ("U8", keys.key_orders),
-        },
-        **{rows_name(layer): {"rows": ("BF16", rows)} for layer, rows in layers},
+def _rows_that_fit(tensors: Mapping[int, Mapping[str, tuple[str, np.ndarray]]]) -> int:
+    """Rows of the widest layer in one file of the default size."""
+    widest = max(sum(array[:1].nbytes for _, array in layer.values()) for layer in tensors.values())
+    return max(1, _SHARD_BYTES // max(1, widest))
+
+
+def _row_files(
+    tensors: Mapping[int, Mapping[str, tuple[str, np.ndarray]]], shard_rows: int
+) -> dict[str, dict[str, tuple[str, np.ndarray]]]:
+    """File name -> its tensors, layer by layer and shard by shard."""
+    num_rows = len(next(iter(tensors.values()))["rows"][1])
+    shards = -(-num_rows // shard_rows)
+    if shards > MAX_SHARDS:
+        raise ConfigError("shard_rows", "makes too many files", got=shards, expected=f"at most {MAX_SHARDS} a layer")
+    files = {}
+    for layer, contents in tensors.items():
+        for shard in range(shards):
+            span = slice(shard * shard_rows, (shard + 1) * shard_rows)
+            cut = {name: (dtype, array[span]) for name, (dtype, array) in contents.items()}
+            files[rows_name(layer, shard, shards)] = _in_aligned_order(cut)
+    return files
+
+
+def _in_aligned_order(tensors: dict[str, tuple[str, np.ndarray]]) -> dict[str, tuple[str, np.ndarray]]:
+    """Rows first, on a page, unless scales behind them would not be aligned."""
+    if tensors["rows"][1].nbytes % WORD_BYTES == 0:
+        return tensors
+    return dict(reversed(tensors.items()))
+
+
+def _key_tensors(keys: BankKeys) -> dict[str, tuple[str, np.ndarray]]:
+    return {
+        "key_counts": ("I64", keys.key_counts),
+        "key_ids": ("I32", keys.key_ids),
+        "key_orders": ("U8", keys.key_orders),
     }
-    total = sum(array.nbytes for file in tensors.values() for _, array in file.values())
-    progress = Progress(f"write {name}", total, "bytes")
-    files = []
-    for file_name, contents in tensors.items():
-        size, digest = write_tensors(scratch / file_name, contents, progress.advance)
-        files.append(FileIdentity(name=file_name, bytes=size, sha256=digest))
-    return tuple(files)
+
+
+def _bytes_of(keys: BankKeys, tensors: Mapping[int, Mapping[str, tuple[str, np.ndarray]]]) -> int:
+    everything = [_key_tensors(keys), *tensors.values()]
+    return sum(array.nbytes for contents in everything for _, array in contents.values())
+
+
+def _write_file(
+    scratch: Path, name: str, contents: Mapping[str, tuple[str, np.ndarray]], progress: Progress
+) -> FileIdentity:
+    size, digest = write_tensors(scratch / name, contents, progress.advance)
+    return FileIdentity(name=name, bytes=size, sha256=digest)

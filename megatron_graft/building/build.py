@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -11,7 +12,15 @@ from typing import Any
 import numpy as np
 
 import megatron_graft
-from megatron_graft.bank.manifest import Control, DonorIdentity, Manifest, Processing, TokenizerIdentity
+from megatron_graft.bank.manifest import (
+    MAX_VOCAB_SIZE,
+    Control,
+    DonorIdentity,
+    Manifest,
+    Processing,
+    TokenizerIdentity,
+)
+from megatron_graft.bank.quantise import BUILD_DTYPES, StoredRows, stored_as
 from megatron_graft.bank.reader import Bank, open_bank
 from megatron_graft.bank.writer import write_bank
 from megatron_graft.building.controls import control_rows
@@ -19,8 +28,10 @@ from megatron_graft.building.count import OrderCounts, check_orders, count_ngram
 from megatron_graft.building.documents import MegatronDocuments
 from megatron_graft.building.encode import Encoder, rows_from_states
 from megatron_graft.building.select import NgramTokenizer, Selection, select_ngrams
-from megatron_graft.errors import BankError, ConfigError
+from megatron_graft.errors import BankError, BankVersionError, ConfigError
 from megatron_graft.log import format_seconds, get_logger
+
+_MAKE_ROOM = "Remove it or choose another --output."
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,6 +54,8 @@ class BankBuildConfig:
     """Keep the donor's states as they are, neither centred nor normalised."""
     control: Control | None
     """Make a control bank instead of the real one."""
+    row_dtype: str
+    """What rows are stored as: ``bfloat16``, or ``int8`` with a scale for every row and donor layer."""
     output: Path
     """The bank's directory."""
 
@@ -67,6 +80,11 @@ def build_bank(config: BankBuildConfig, *, tokenizer: NgramTokenizer, encoder: E
     for flag, value in (("--num-rows", config.num_rows), ("--min-count", config.min_count)):
         if value < 1:
             raise ConfigError(flag, "is too small", got=value, expected="at least 1")
+    if config.row_dtype not in BUILD_DTYPES:
+        raise ConfigError("--row-dtype", "cannot be built", got=config.row_dtype, expected=" or ".join(BUILD_DTYPES))
+    if tokenizer.vocab_size > MAX_VOCAB_SIZE:
+        largest = f"at most {MAX_VOCAB_SIZE}"
+        raise ConfigError("--tokenizer-model", "has too many tokens", got=tokenizer.vocab_size, expected=largest)
     encoder.check_layers(config.donor_layers)
     documents = MegatronDocuments(config.data_prefixes, split=config.split, vocab_size=tokenizer.vocab_size)
     settings = _settings(config, documents, tokenizer, encoder)
@@ -78,11 +96,14 @@ def build_bank(config: BankBuildConfig, *, tokenizer: NgramTokenizer, encoder: E
     selection = select_ngrams(counts, tokenizer, config.num_rows)
     clock.lap("select")
     processing = Processing(centred=not config.raw, normalised=not config.raw)
-    layers = _encode(config, encoder, selection.texts, processing, clock)
+    rows = _encode(config, encoder, selection.texts, processing, clock)
     manifest = write_bank(
         config.output,
         keys=selection.keys,
-        layers=layers,
+        layers=rows.layers,
+        scales=rows.scales,
+        row_dtype=rows.row_dtype,
+        threads=len(os.sched_getaffinity(0)),
         tokenizer=TokenizerIdentity(
             fingerprint=tokenizer.fingerprint, vocab_size=tokenizer.vocab_size, eod=tokenizer.eod
         ),
@@ -107,15 +128,17 @@ def build_bank(config: BankBuildConfig, *, tokenizer: NgramTokenizer, encoder: E
 
 def _encode(
     config: BankBuildConfig, encoder: Encoder, texts: Sequence[str], processing: Processing, clock: _Clock
-) -> dict[int, np.ndarray]:
-    """Rows of every layer: uint16 ``[N, D]``."""
+) -> StoredRows:
+    """Rows of every layer, as they are to be stored."""
     states = encoder.encode(texts, config.donor_layers)
     clock.lap("encode")
     layers = {layer: rows_from_states(states.pop(layer), processing) for layer in config.donor_layers}
+    rows = StoredRows(row_dtype="bfloat16", layers=layers)
     if config.control is not None:
-        layers = control_rows(layers, config.control)
+        rows = control_rows(rows, config.control)
+    rows = stored_as(config.row_dtype, rows.layers)
     clock.lap("process")
-    return layers
+    return rows
 
 
 def build_control(source: Path, control: Control, output: Path) -> Manifest:
@@ -128,6 +151,7 @@ def build_control(source: Path, control: Control, output: Path) -> Manifest:
 
     Raises:
         BankError: ``source`` is no usable bank or is itself a control, or ``output`` holds something else.
+        ConfigError: that control cannot be made from these rows.
         StorageError: the bank could not be written; nothing is left behind.
     """
     bank = open_bank(source, verify="full")
@@ -140,12 +164,15 @@ def build_control(source: Path, control: Control, output: Path) -> Manifest:
     if output.exists():
         return _existing(output, settings).manifest
     clock = _Clock()
-    layers = control_rows(_rows_by_layer(bank), control)
+    rows = control_rows(_stored_rows(bank), control)
     clock.lap("process")
     manifest = write_bank(
         output,
         keys=bank.keys,
-        layers=layers,
+        layers=rows.layers,
+        scales=rows.scales,
+        row_dtype=rows.row_dtype,
+        threads=len(os.sched_getaffinity(0)),
         tokenizer=identity.tokenizer,
         donor=identity.donor,
         processing=identity.processing,
@@ -171,6 +198,7 @@ def _settings(
         "donor_layers": list(config.donor_layers),
         **encoder.settings(),
         "raw": config.raw,
+        "row_dtype": config.row_dtype,
         "control": config.control.kind if config.control else None,
         "seed": config.control.seed if config.control else None,
     }
@@ -178,7 +206,10 @@ def _settings(
 
 def _existing(output: Path, settings: Mapping[str, Any]) -> Bank:
     """Open the bank at ``output`` if it was built with ``settings``; refuse it otherwise."""
-    bank = open_bank(output)
+    try:
+        bank = open_bank(output)
+    except BankVersionError as error:
+        raise BankError(output, "holds a bank of another format version", remedy=_MAKE_ROOM) from error
     found = bank.manifest.provenance.get("settings", {})
     different = [name for name in sorted({*settings, *found}) if settings.get(name) != found.get(name)]
     if different:
@@ -187,18 +218,24 @@ def _existing(output: Path, settings: Mapping[str, Any]) -> Bank:
             "is a bank with other settings",
             got=", ".join(f"{name} {found.get(name)}" for name in different),
             expected=", ".join(f"{name} {settings.get(name)}" for name in different),
-            remedy="Remove it or choose another --output.",
+            remedy=_MAKE_ROOM,
         )
     get_logger().info("%s is complete (%s): nothing to do", output, bank.digest[:12])
     return bank
 
 
-def _rows_by_layer(bank: Bank) -> dict[int, np.ndarray]:
-    rows = np.empty((bank.num_rows, bank.row_dim), dtype=np.uint16)
-    bank.gather(np.arange(bank.num_rows, dtype=np.int64), rows)
-    layers = bank.manifest.identity.donor.layers
-    blocks = np.split(rows, len(layers), axis=1)
-    return {layer: np.ascontiguousarray(block) for layer, block in zip(layers, blocks, strict=True)}
+def _stored_rows(bank: Bank) -> StoredRows:
+    """All rows of a bank, without a copy where a layer is one file."""
+    layers, scales = {}, {}
+    for layer, rows in bank.rows_by_layer.items():
+        layers[layer] = _joined(rows.shards)
+        if rows.scales:
+            scales[layer] = _joined(rows.scales)
+    return StoredRows(row_dtype=bank.manifest.identity.row_dtype, layers=layers, scales=scales)
+
+
+def _joined(shards: Sequence[np.ndarray]) -> np.ndarray:
+    return shards[0] if len(shards) == 1 else np.concatenate(shards)
 
 
 def _corpus_facts(documents: MegatronDocuments, counts: Sequence[OrderCounts]) -> dict[str, Any]:
@@ -241,6 +278,6 @@ def _announce(output: Path, manifest: Manifest, clock: _Clock) -> None:
     identity = manifest.identity
     stages = ", ".join(f"{stage} {format_seconds(seconds)}" for stage, seconds in clock.laps.items())
     get_logger().info(
-        "%s: %s rows x %s, digest %s (%s)",
-        output, f"{identity.num_rows:,}", identity.row_dim, manifest.digest[:12], stages,
+        "%s: %s rows x %s %s, digest %s (%s)",
+        output, f"{identity.num_rows:,}", identity.row_dim, identity.row_dtype, manifest.digest[:12], stages,
     )  # fmt: skip

@@ -5,38 +5,55 @@ Shapes: N rows, D width of one donor layer.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from dataclasses import replace
 
 import numpy as np
 
 from megatron_graft.bank.bf16 import bf16_from_float32, float32_from_bf16
 from megatron_graft.bank.manifest import Control
+from megatron_graft.bank.quantise import StoredRows
 from megatron_graft.errors import ConfigError
 
 _MATCHING_ROUNDS = 4
 
 
-def control_rows(layers: Mapping[int, np.ndarray], control: Control) -> dict[int, np.ndarray]:
+def control_rows(rows: StoredRows, control: Control) -> StoredRows:
     """Rows of a control bank, made from the rows of the real one.
 
-    ``shuffled`` gives every key another key's row, the same one in every layer. ``random`` draws normal rows
-    with the real rows' mean and standard deviation per dimension and each real row's norm.
+    ``shuffled`` gives every key another key's row, the same one in every layer, with its scale if it has one.
+    ``random`` draws normal rows with the real rows' mean and standard deviation per dimension and each real row's norm.
 
     Args:
-        layers: donor layer -> uint16 ``[N, D]``, bfloat16 bits.
+        rows: the real ones.
         control: kind and seed.
 
     Returns:
-        donor layer -> uint16 ``[N, D]``; the same input always gives the same bytes.
+        rows of the same type and shape; the same input always gives the same bytes.
 
     Raises:
-        ConfigError: there are too few rows to shuffle.
+        ConfigError: there are too few rows to shuffle, or random rows are wanted in a type other than bfloat16.
     """
     if control.kind == "shuffled":
-        num_rows = len(next(iter(layers.values())))
+        num_rows = len(next(iter(rows.layers.values())))
         sources = single_cycle(num_rows, control.seed)
-        return {layer: rows[sources] for layer, rows in layers.items()}
-    return {layer: _random_rows(rows, np.random.default_rng([control.seed, layer])) for layer, rows in layers.items()}
+        return replace(
+            rows,
+            layers={layer: elements[sources] for layer, elements in rows.layers.items()},
+            scales={layer: scales[sources] for layer, scales in rows.scales.items()},
+        )
+    if rows.row_dtype != "bfloat16":
+        raise ConfigError(
+            "--control random",
+            "cannot be made from stored rows of this type",
+            got=rows.row_dtype,
+            expected="bfloat16",
+            remedy="Build it from the data: its rows are drawn before they are stored.",
+        )
+    drawn = {
+        layer: _random_rows(elements, np.random.default_rng([control.seed, layer]))
+        for layer, elements in rows.layers.items()
+    }
+    return replace(rows, layers=drawn)
 
 
 def single_cycle(num_rows: int, seed: int) -> np.ndarray:

@@ -3,41 +3,44 @@
 One tensor, because it travels through the model as an argument (``context``) and Megatron's activation recompute saves
 tensors only: a replay of the forward pass then sees the memory of *its* micro-batch, whatever schedule runs.
 
-Shapes: B sequences, S positions of this rank, P = B * S, D width of a row. The layout depends on B, S and D alone, so
-the model finds its sections without asking the device for a number.
+Shapes: B sequences, S positions of this rank, P = B * S, R bytes of a row, D its elements. The layout depends on B, S
+and the layout of the bank's rows alone, so the model finds its sections without asking the device for a number.
 
 ======== ========= =============== ====================================================================
 section  dtype     shape           content
 ======== ========= =============== ====================================================================
-header   int64     [8]             magic, sequence number, B, S, D, rows in use, two reserved words (0)
+header   int64     [8]             magic, sequence number, B, S, D, rows in use, R, a reserved word (0)
 position int32     [B, S]          distance from the document's first token
 inverse  int32     [B, S]          index into ``rows`` of the position's row; 0 at a miss
 order    uint8     [B, S]          length of the matched n-gram; 0 at a miss
-rows     bfloat16  [P + 1, D]      row 0 is zero; then the distinct rows of the micro-batch, then unspecified
+rows     uint8     [P + 1, R]      row 0 is zero; then the distinct rows of the micro-batch, then unspecified
 ======== ========= =============== ====================================================================
 
-``rows`` comes last, so that only its used front needs to be copied to a device.
+Rows travel as the bank stores them (:class:`~megatron_graft.bank.row_layout.RowLayout`). They come last, so that only
+their used front needs to be copied to a device.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 
-MAGIC = 0x6D67_6D65_6D01
+from megatron_graft.bank.row_layout import RowLayout
+from megatron_graft.data.row_values import select_rows
+
+MAGIC = 0x6D67_6D65_6D02
 _HEADER_WORDS = 8
 _ALIGNMENT = 64
 
 
 @dataclass(frozen=True)
 class _Layout:
-    """Byte offsets of the sections for given B, S and D."""
+    """Byte offsets of the sections for given B, S and R."""
 
     sequences: int
     positions: int
-    row_dim: int
+    row_bytes: int
 
     @property
     def num_positions(self) -> int:
@@ -49,7 +52,7 @@ class _Layout:
             "position": self.num_positions * 4,
             "inverse": self.num_positions * 4,
             "order": self.num_positions,
-            "rows": (self.num_positions + 1) * self.row_dim * 2,
+            "rows": (self.num_positions + 1) * self.row_bytes,
         }
         offsets, end = {}, 0
         for name, size in sizes.items():
@@ -64,45 +67,51 @@ class MicroBatchMemory:
     """Views into one packed tensor. Build with :meth:`allocate` (host side) or :meth:`unpack` (in the model).
 
     Attributes:
+        row_layout: where a row has what.
         packed: uint8 ``[bytes]``, the tensor that travels.
         header: int64 ``[8]``.
         position_BS: int32, distance from the document's first token.
-        inverse_BS: int32, index into ``rows_PD``; 0 at a miss.
+        inverse_BS: int32, index into ``rows_PR``; 0 at a miss.
         order_BS: uint8, length of the matched n-gram; 0 at a miss.
-        rows_PD: bfloat16 ``[P + 1, D]``; row 0 is zero.
+        rows_PR: uint8 ``[P + 1, R]``, rows as the bank stores them; row 0 is zero.
     """
 
+    row_layout: RowLayout
     packed: torch.Tensor
     header: torch.Tensor
     position_BS: torch.Tensor
     inverse_BS: torch.Tensor
     order_BS: torch.Tensor
-    rows_PD: torch.Tensor
+    rows_PR: torch.Tensor
 
     @classmethod
     def allocate(
-        cls, sequence_number: int, sequences: int, positions: int, row_dim: int, *, pin: bool = False
+        cls, sequence_number: int, sequences: int, positions: int, row_layout: RowLayout, *, pin: bool = False
     ) -> MicroBatchMemory:
         """A host-side memory with header written and row 0 zeroed; the other sections are for the caller to fill."""
-        size = _Layout(sequences, positions, row_dim).offsets()["end"]
+        row_bytes = row_layout.row_bytes()
+        size = _Layout(sequences, positions, row_bytes).offsets()["end"]
         packed = torch.empty(size, dtype=torch.uint8, pin_memory=pin)
-        memory = cls.unpack(packed, sequences, positions, row_dim)
-        memory.header[:] = torch.tensor([MAGIC, sequence_number, sequences, positions, row_dim, 1, 0, 0])
-        memory.rows_PD[0] = 0
+        memory = cls.unpack(packed, sequences, positions, row_layout)
+        shape = [sequences, positions, row_layout.row_dim]
+        memory.header[:] = torch.tensor([MAGIC, sequence_number, *shape, 1, row_bytes, 0])
+        memory.rows_PR[0] = 0
         return memory
 
     @classmethod
-    def unpack(cls, packed: torch.Tensor, sequences: int, positions: int, row_dim: int) -> MicroBatchMemory:
-        """Views of a packed tensor whose B, S and D are known; reads nothing, so it never waits for a device.
+    def unpack(cls, packed: torch.Tensor, sequences: int, positions: int, row_layout: RowLayout) -> MicroBatchMemory:
+        """Views of a packed tensor whose B, S and rows are known; reads nothing, so it never waits for a device.
 
         Raises:
-            ValueError: the tensor's size does not fit B, S and D.
+            ValueError: the tensor's size does not fit them.
         """
-        offsets = _Layout(sequences, positions, row_dim).offsets()
+        row_bytes = row_layout.row_bytes()
+        offsets = _Layout(sequences, positions, row_bytes).offsets()
         if packed.dtype != torch.uint8 or packed.numel() != offsets["end"]:
             raise ValueError(
                 f"packed memory has {packed.numel()} x {packed.dtype}, but {sequences} sequences of {positions} "
-                f"positions with rows of {row_dim} need {offsets['end']} x torch.uint8"
+                f"positions with rows of {row_layout.row_dim} x {row_layout.dtype.name} need {offsets['end']} x "
+                "torch.uint8"
             )
         shape, count = (sequences, positions), sequences * positions
 
@@ -111,13 +120,18 @@ class MicroBatchMemory:
             return packed[start : start + numel * dtype.itemsize].view(dtype)
 
         return cls(
+            row_layout=row_layout,
             packed=packed,
             header=section("header", _HEADER_WORDS, torch.int64),
             position_BS=section("position", count, torch.int32).view(shape),
             inverse_BS=section("inverse", count, torch.int32).view(shape),
             order_BS=section("order", count, torch.uint8).view(shape),
-            rows_PD=section("rows", (count + 1) * row_dim, torch.bfloat16).view(count + 1, row_dim),
+            rows_PR=section("rows", (count + 1) * row_bytes, torch.uint8).view(count + 1, row_bytes),
         )
+
+    def rows_SBD(self, dtype: torch.dtype) -> torch.Tensor:
+        """The values of every position's row, ``[S, B, D]`` of ``dtype``; zeros at a miss. Never waits for a device."""
+        return select_rows(self.row_layout, self.rows_PR, self.inverse_BS.t(), dtype)
 
     @property
     def sequence_number(self) -> int:
@@ -126,8 +140,4 @@ class MicroBatchMemory:
 
     def used_bytes(self) -> int:
         """How many leading bytes of ``packed`` carry content (host side only)."""
-        return int(self.rows_PD.storage_offset()) * 2 + int(self.header[5]) * self.rows_PD.shape[1] * 2
-
-    def row_bits(self) -> np.ndarray:
-        """The rows as uint16 ``[P + 1, D]``, the form in which a bank gathers (host side only)."""
-        return self.rows_PD.view(torch.uint16).numpy()
+        return int(self.rows_PR.storage_offset()) + int(self.header[5]) * self.row_layout.row_bytes()

@@ -47,3 +47,22 @@ def check_arguments(
     return LookupArguments(
         tokens_BS=tokens_BS, document_starts_BS=document_starts_BS, rows_BS=rows_BS, orders_BS=orders_BS
     )
+
+
+def check_step_arguments(
+    sequences: int, tokens_B: np.ndarray, rows_out: np.ndarray | None, orders_out: np.ndarray | None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Check the arrays of one step of ``sequences`` sequences; return its outputs, allocated if not given.
+
+    Raises:
+        ArrayError: an array has the wrong dtype, shape or layout, or an output overlaps another array.
+    """
+    check_array("tokens_B", tokens_B, dtypes=[np.int32, np.int64], shape=(sequences,))
+    rows_B = np.empty(sequences, dtype=np.int64) if rows_out is None else rows_out
+    orders_B = np.empty(sequences, dtype=np.uint8) if orders_out is None else orders_out
+    check_array("rows_out", rows_B, dtypes=[np.int64], shape=(sequences,), writable=True)
+    check_array("orders_out", orders_B, dtypes=[np.uint8], shape=(sequences,), writable=True)
+    for name, array in (("rows_out", rows_B), ("orders_out", orders_B)):
+        check_no_overlap(name, array, "tokens_B", tokens_B)
+    check_no_overlap("orders_out", orders_B, "rows_out", rows_B)
+    return rows_B, orders_B

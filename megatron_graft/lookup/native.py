@@ -1,26 +1,57 @@
-"""Lookup in C++: a hash table of whole keys (``csrc/suffix_table.hpp``), called without the GIL."""
+"""Lookup in C++: the bank's index file, mapped (``csrc/suffix_index.hpp``) and called without the GIL."""
 
 from __future__ import annotations
+
+from typing import Any, Literal
 
 import numpy as np
 
 from megatron_graft.bank.extension import load_extension
-from megatron_graft.bank.manifest import KEYS_NAME
+from megatron_graft.bank.manifest import COPY_AGAIN, INDEX_NAME
 from megatron_graft.bank.reader import Bank
-from megatron_graft.errors import BankFormatError
-from megatron_graft.lookup.arguments import check_arguments
+from megatron_graft.errors import BankFormatError, ConfigError
+from megatron_graft.lookup.arguments import check_arguments, check_step_arguments
+
+Pages = Literal["file", "huge"]
+Body = Literal["auto", "plain", "portable", "avx2", "avx512"]
+
+
+class NativeState:
+    """What :class:`NativeIndex` remembers of B sequences between tokens; see ``SuffixState``."""
+
+    def __init__(self, state: Any) -> None:
+        self._state = state
+
+    @property
+    def sequences(self) -> int:
+        """B."""
+        return int(self._state.sequences)
+
+    def reorder(self, parents_B: np.ndarray) -> None:
+        """See ``SuffixState.reorder``."""
+        self._state.reorder(np.ascontiguousarray(parents_B, dtype=np.int64))
+
+    def restart(self, sequence: int) -> None:
+        """See ``SuffixState.restart``."""
+        self._state.restart(sequence)
 
 
 class NativeIndex:
     """A :class:`~megatron_graft.lookup.index.SuffixIndex` over the compiled extension."""
 
-    def __init__(self, bank: Bank) -> None:
+    def __init__(self, bank: Bank, *, pages: Pages = "file", body: Body = "auto", threads: int = 1) -> None:
         self.min_order, self.max_order = bank.min_order, bank.max_order
+        path = bank.path / INDEX_NAME
         extension = load_extension()
         try:
-            self._table = extension.SuffixTable(bank.key_ids, bank.key_orders, bank.vocab_size)
+            extension.read_index_header(str(path))
+        except (OSError, ValueError) as error:
+            raise BankFormatError(path, f"is no sound index: {error}", remedy=COPY_AGAIN) from error
+        try:
+            self._index = extension.SuffixIndex(str(path), bank.num_rows, pages, body, threads)
         except ValueError as error:
-            raise BankFormatError(bank.path / KEYS_NAME, str(error)) from error
+            got = f"pages={pages!r}, body={body!r}, threads={threads}"
+            raise ConfigError("lookup", f"cannot be had as asked: {error}", got=got) from error
 
     def lookup(
         self,
@@ -34,5 +65,23 @@ class NativeIndex:
         """See :meth:`megatron_graft.lookup.index.SuffixIndex.lookup`."""
         arguments = check_arguments(tokens_BS, document_starts_BS, rows_out, orders_out)
         rows_BS, orders_BS = arguments.rows_BS, arguments.orders_BS
-        self._table.lookup(tokens_BS, eod, document_starts_BS, rows_BS, orders_BS)
+        self._index.lookup(tokens_BS, eod, document_starts_BS, rows_BS, orders_BS)
         return rows_BS, orders_BS
+
+    def start(self, sequences: int) -> NativeState:
+        """See :meth:`megatron_graft.lookup.index.SuffixIndex.start`."""
+        return NativeState(self._index.start(sequences))
+
+    def step(
+        self,
+        state: NativeState,
+        tokens_B: np.ndarray,
+        *,
+        eod: int | None,
+        rows_out: np.ndarray | None = None,
+        orders_out: np.ndarray | None = None,
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """See :meth:`megatron_graft.lookup.index.SuffixIndex.step`."""
+        rows_B, orders_B = check_step_arguments(state.sequences, tokens_B, rows_out, orders_out)
+        self._index.step(state._state, tokens_B, eod, rows_B, orders_B)
+        return rows_B, orders_B

@@ -17,7 +17,7 @@ from megatron_graft.bank.keys import UNUSED
 from megatron_graft.bank.manifest import KEYS_NAME
 from megatron_graft.bank.reader import Bank
 from megatron_graft.errors import BankFormatError
-from megatron_graft.lookup.arguments import check_arguments
+from megatron_graft.lookup.arguments import check_arguments, check_step_arguments
 from megatron_graft.ngram.oracle import MISS
 
 _NO_NODE = -1
@@ -29,6 +29,37 @@ class _Level:
 
     codes: np.ndarray
     rows: np.ndarray
+
+
+class ReferenceState:
+    """What :class:`ReferenceIndex` remembers of B sequences: int64 ``[B, max_order]``, newest token last."""
+
+    def __init__(self, sequences: int, max_order: int) -> None:
+        self._newest_BN = np.full((sequences, max_order), UNUSED, dtype=np.int64)
+
+    @property
+    def sequences(self) -> int:
+        """B."""
+        return len(self._newest_BN)
+
+    def reorder(self, parents_B: np.ndarray) -> None:
+        """See ``SuffixState.reorder``."""
+        parents_B = np.asarray(parents_B, dtype=np.int64)
+        if ((parents_B < 0) | (parents_B >= self.sequences)).any():
+            raise IndexError(f"sequence {parents_B.tolist()} of {self.sequences}")
+        self._newest_BN = self._newest_BN[parents_B]
+
+    def restart(self, sequence: int) -> None:
+        """See ``SuffixState.restart``."""
+        if not 0 <= sequence < self.sequences:
+            raise IndexError(f"sequence {sequence} of {self.sequences}")
+        self._newest_BN[sequence] = UNUSED
+
+    def append(self, tokens_B: np.ndarray) -> np.ndarray:
+        """Take in one token a sequence and return all that is remembered."""
+        self._newest_BN[:, :-1] = self._newest_BN[:, 1:].copy()
+        self._newest_BN[:, -1] = tokens_B
+        return self._newest_BN
 
 
 class ReferenceIndex:
@@ -67,12 +98,34 @@ class ReferenceIndex:
             np.copyto(orders_BS, np.uint8(order), where=level_rows_BS != MISS)
         return rows_BS, orders_BS
 
+    def start(self, sequences: int) -> ReferenceState:
+        """See :meth:`megatron_graft.lookup.index.SuffixIndex.start`."""
+        return ReferenceState(sequences, self.max_order)
+
+    def step(
+        self,
+        state: ReferenceState,
+        tokens_B: np.ndarray,
+        *,
+        eod: int | None,
+        rows_out: np.ndarray | None = None,
+        orders_out: np.ndarray | None = None,
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """See :meth:`megatron_graft.lookup.index.SuffixIndex.step`."""
+        rows_B, orders_B = check_step_arguments(state.sequences, tokens_B, rows_out, orders_out)
+        # No n-gram is longer than what is remembered, so the last position has the whole sequence's answer.
+        rows_BN, orders_BN = self.lookup(state.append(tokens_B), eod=eod)
+        rows_B[:], orders_B[:] = rows_BN[:, -1], orders_BN[:, -1]
+        return rows_B, orders_B
+
 
 def _build_levels(bank: Bank) -> list[_Level]:
     levels = []
     nodes = np.zeros(bank.num_rows, dtype=np.int64)
     for order in range(1, bank.max_order + 1):
         has_token = bank.key_orders >= order
+        if not has_token.any():  # the first rows of a bank may all be shorter than its longest key
+            break
         # Fits: nodes < 2^32 and vocab_size < 2^31, both bounded by the manifest.
         codes = nodes[has_token] * bank.vocab_size + bank.key_ids[has_token, -order]
         distinct, nodes[has_token] = np.unique(codes, return_inverse=True)

@@ -25,6 +25,7 @@ import torch.nn.functional as F
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 
+from megatron_graft.bank.row_layout import RowLayout
 from megatron_graft.data.microbatch import MicroBatchMemory
 from megatron_graft.memory.convolution import causal_depthwise_convolution
 from megatron_graft.memory.initialisation import site_generator
@@ -35,18 +36,23 @@ class SiteConfig:
     """What a site is, beyond the model's own configuration.
 
     Attributes:
-        row_dim: D, width of a bank row.
+        row_layout: of the bank's rows, which have D elements.
         conv_kernel: K, number of convolution taps; 0 leaves the convolution out.
         conv_dilation: distance between taps, in positions.
         seed: seed of the sites' own parameter generator.
         init_std: standard deviation of W_K at the start.
     """
 
-    row_dim: int
+    row_layout: RowLayout
     conv_kernel: int
     conv_dilation: int
     seed: int
     init_std: float
+
+    @property
+    def row_dim(self) -> int:
+        """D, elements of a bank row."""
+        return self.row_layout.row_dim
 
 
 class MemorySite(MegatronModule):  # type: ignore[misc]
@@ -98,7 +104,7 @@ class MemorySite(MegatronModule):  # type: ignore[misc]
         if self.bypassed:
             return hidden_SBH
         positions, sequences, _ = hidden_SBH.shape
-        memory = MicroBatchMemory.unpack(packed, sequences, positions, self.site.row_dim)
+        memory = MicroBatchMemory.unpack(packed, sequences, positions, self.site.row_layout)
         gate_SB1, gated_SBH = self._gated_value(hidden_SBH, memory)
         delta_SBH = gated_SBH
         if self.site.conv_kernel:
@@ -109,7 +115,7 @@ class MemorySite(MegatronModule):  # type: ignore[misc]
         return hidden_SBH + delta_SBH
 
     def _gated_value(self, hidden_SBH: torch.Tensor, memory: MicroBatchMemory) -> tuple[torch.Tensor, torch.Tensor]:
-        rows_SBD = F.embedding(memory.inverse_BS.t(), memory.rows_PD).to(self.key_weight.dtype)
+        rows_SBD = memory.rows_SBD(self.key_weight.dtype)
         key_SBH = F.linear(rows_SBD, self.key_weight)
         value_SBH = F.linear(rows_SBD, self.value_weight)
         agreement = self._norm(key_SBH, self.key_norm) * self._norm(hidden_SBH, self.query_norm)

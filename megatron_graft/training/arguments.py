@@ -12,7 +12,7 @@ from megatron_graft.errors import ConfigError
 
 @dataclass(frozen=True, kw_only=True)
 class GraftSettings:
-    """The ``--graft-*`` flags of a run.
+    """The ``--graft-*`` and ``--bank-*`` flags of a run.
 
     Attributes:
         bank: directory of the bank, or None for the stock model.
@@ -23,6 +23,10 @@ class GraftSettings:
         look_ahead: micro-batches that may wait ready, or None for those of one step.
         allow_raw_bank: accept a bank whose rows were not normalised.
         verify_bank: how deeply to check the bank before training.
+        bank_rows: use the bank's so many most frequent n-grams only, or None for all.
+        bank_node_copy: directory of the node where the bank is copied to and read from, or None.
+        bank_lookup_threads: threads of lookup and gather.
+        bank_huge_pages: hold the index in memory of huge pages.
         run_dir: where metrics and the command line of the run go, or None.
     """
 
@@ -34,11 +38,15 @@ class GraftSettings:
     look_ahead: int | None
     allow_raw_bank: bool
     verify_bank: str
+    bank_rows: int | None
+    bank_node_copy: Path | None
+    bank_lookup_threads: int
+    bank_huge_pages: bool
     run_dir: Path | None
 
 
 def add_graft_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
-    """Add the ``--graft-*`` flags to Megatron's parser."""
+    """Add the ``--graft-*`` and ``--bank-*`` flags to Megatron's parser."""
     group = parser.add_argument_group("memory grafting")
     group.add_argument("--graft-bank", metavar="DIR", help="Bank directory. Without it the model is the stock one.")
     group.add_argument(
@@ -64,17 +72,43 @@ def add_graft_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentPar
         "--graft-allow-raw-bank", action="store_true", help="Accept a bank whose rows were not centred and normalised."
     )
     group.add_argument(
-        "--graft-verify-bank", choices=["header", "full"], default="header",
-        help="Check sizes and headers of the bank before training, or every byte of it.",
+        "--graft-verify-bank", choices=["header", "sample", "full"], default="header",
+        help="Before training, check the bank's manifest, sizes and headers (header); a sample of its keys as well, "
+        "and that the index finds them (sample); or every byte and every key (full).",
     )  # fmt: skip
     group.add_argument(
         "--graft-run-dir", metavar="DIR", help="Where the run's command line and metrics.jsonl are written."
     )
+    _add_bank_arguments(group)
     return parser
 
 
+def _add_bank_arguments(group: argparse._ArgumentGroup) -> None:
+    """How the bank is opened and read."""
+    group.add_argument(
+        "--bank-rows", type=int, default=None, metavar="K",
+        help="Use only the bank's K most frequent n-grams, as if it held no others. K is part of the identity that "
+        "checkpoints keep. Default: all.",
+    )  # fmt: skip
+    group.add_argument(
+        "--bank-node-copy", metavar="DIR", default=None,
+        help="Copy the bank to DIR/<its digest> and read it there: a local disk, or a tmpfs such as /dev/shm. The "
+        "first process of a node copies, the others wait and share the files; a complete copy serves later runs.",
+    )  # fmt: skip
+    group.add_argument(
+        "--bank-lookup-threads", type=int, default=1, metavar="N",
+        help="Threads of lookup and gather for the coming micro-batches, in each process that owns a memory site. "
+        "Default: 1.",
+    )  # fmt: skip
+    group.add_argument(
+        "--bank-huge-pages", action="store_true",
+        help="Hold the index in huge pages: a private copy in every process, about 13 bytes for each n-gram, for "
+        "faster lookup than from the mapped file.",
+    )  # fmt: skip
+
+
 def graft_settings(args: argparse.Namespace) -> GraftSettings:
-    """Read and check the ``--graft-*`` flags against the model and the parallel layout.
+    """Read and check our flags against the model and the parallel layout.
 
     Raises:
         ConfigError: a value or a combination that cannot be honoured.
@@ -88,20 +122,36 @@ def graft_settings(args: argparse.Namespace) -> GraftSettings:
         look_ahead=args.graft_look_ahead,
         allow_raw_bank=args.graft_allow_raw_bank,
         verify_bank=args.graft_verify_bank,
+        bank_rows=args.bank_rows,
+        bank_node_copy=Path(args.bank_node_copy) if args.bank_node_copy else None,
+        bank_lookup_threads=args.bank_lookup_threads,
+        bank_huge_pages=args.bank_huge_pages,
         run_dir=Path(args.graft_run_dir) if args.graft_run_dir else None,
     )
     _check_loader(args)
     if settings.bank is None:
-        if settings.layers:
-            raise ConfigError(
-                "--graft-layers", "was given without a bank", got=list(settings.layers),
-                remedy="Add --graft-bank DIR, or drop --graft-layers for the stock model.",
-            )  # fmt: skip
+        _check_no_bank(settings)
         return settings
     _check_layers(settings, args.num_layers)
     _check_numbers(settings)
     _check_layout(args)
     return settings
+
+
+def _check_no_bank(settings: GraftSettings) -> None:
+    """Refuse flags that would change what a bank is or how it is read, where there is none."""
+    given = {
+        "--graft-layers": list(settings.layers) or None,
+        "--bank-rows": settings.bank_rows,
+        "--bank-node-copy": settings.bank_node_copy,
+        "--bank-huge-pages": settings.bank_huge_pages or None,
+    }
+    for flag, value in given.items():
+        if value is not None:
+            raise ConfigError(
+                flag, "was given without a bank", got=value,
+                remedy=f"Add --graft-bank DIR, or drop {flag} for the stock model.",
+            )  # fmt: skip
 
 
 def _check_layers(settings: GraftSettings, num_layers: int) -> None:
@@ -124,10 +174,17 @@ def _check_numbers(settings: GraftSettings) -> None:
         "--graft-conv-kernel": (settings.conv_kernel, 0),
         "--graft-conv-dilation": (settings.conv_dilation, 1),
         "--graft-look-ahead": (settings.look_ahead, 1),
+        "--bank-rows": (settings.bank_rows, 1),
+        "--bank-lookup-threads": (settings.bank_lookup_threads, 1),
     }
     for flag, (value, least) in limits.items():
         if value is not None and value < least:
             raise ConfigError(flag, "is too small", got=value, expected=f"at least {least}")
+    if settings.bank_huge_pages and settings.lookup == "reference":
+        raise ConfigError(
+            "--bank-huge-pages", "has no use with --graft-lookup reference, which makes an index of its own",
+            remedy="Drop one of them.",
+        )  # fmt: skip
 
 
 def _check_loader(args: argparse.Namespace) -> None:

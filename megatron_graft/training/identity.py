@@ -57,8 +57,8 @@ def check_checkpoint_identity(args: argparse.Namespace, identity: dict[str, Any]
     raise IdentityError(
         f"--load {args.load}", f"was trained with another {name} of its memory", got=saved.get(name),
         expected=identity[name],
-        remedy="Point --graft-bank (and the --graft-* flags) at what the checkpoint was trained with, "
-        "or start without --load.",
+        remedy="Point --graft-bank (and the other --graft-* flags, and --bank-rows) at what the checkpoint was trained "
+        "with, or start without --load.",
     )  # fmt: skip
 
 
@@ -86,5 +86,6 @@ def check_same_on_all_ranks(identity: dict[str, Any] | None) -> None:
     if len(set(digests)) > 1:
         table = ", ".join(f"rank {rank}: {digest}" for rank, digest in enumerate(digests))
         raise IdentityError(
-            "--graft-bank", "is not the same bank on all ranks", got=table, remedy="Copy one bank to every node."
-        )
+            "--graft-bank", "is not the same bank on all ranks", got=table,
+            remedy="Copy one bank to every node, and give every rank the same --bank-rows.",
+        )  # fmt: skip

@@ -6,6 +6,7 @@ import argparse
 from dataclasses import dataclass
 from pathlib import Path
 
+from megatron_graft.bank.node_copy import node_copy
 from megatron_graft.bank.reader import Bank, open_bank
 from megatron_graft.data.sidecar import read_sidecar
 from megatron_graft.data.tokenizer import TextTokenizer, load_tokenizer
@@ -39,11 +40,17 @@ def open_run_memory(settings: GraftSettings, args: argparse.Namespace) -> RunMem
     Raises:
         BankError: the bank cannot be used.
         IdentityError: the bank was made for another tokenizer than the run's or its data's.
-        ConfigError: the sequence is shorter than an n-gram.
+        ConfigError: the sequence is shorter than an n-gram, or the bank has fewer rows than asked for.
+        StorageError: the bank cannot be copied to the node.
     """
     if settings.bank is None:
         return None
-    bank = open_bank(settings.bank, verify=settings.verify_bank)  # type: ignore[arg-type]
+    bank = open_bank(settings.bank)  # cheap: what does not fit the run is refused before anything is copied or read
+    if settings.bank_rows is not None and settings.bank_rows > bank.num_rows:
+        raise ConfigError(
+            "--bank-rows", f"is more than the bank {bank.path} has", got=settings.bank_rows,
+            expected=f"at most {bank.num_rows}", remedy="Leave it out to use all rows.",
+        )  # fmt: skip
     _check_normalised(bank, settings)
     check_tokenizer(bank, args)
     if args.seq_length < bank.max_order:
@@ -51,16 +58,34 @@ def open_run_memory(settings: GraftSettings, args: argparse.Namespace) -> RunMem
             "--seq-length", "is shorter than the bank's longest n-gram", got=args.seq_length,
             expected=f"at least {bank.max_order}", remedy="Lengthen it, or build a bank with shorter --orders.",
         )  # fmt: skip
+    bank = _open_run_bank(settings.bank, settings)
     site = SiteConfig(
-        row_dim=bank.row_dim,
+        row_layout=bank.row_layout,
         conv_kernel=settings.conv_kernel,
         conv_dilation=settings.conv_dilation or bank.max_order,
         seed=args.seed,
         init_std=args.init_method_std,
     )
-    index = open_index(bank, settings.lookup)  # type: ignore[arg-type]
+    index = open_index(
+        bank,
+        settings.lookup,  # type: ignore[arg-type]
+        pages="huge" if settings.bank_huge_pages else "file",
+        threads=settings.bank_lookup_threads,
+    )
     get_logger().info("bank %s: %s rows x %d, identity %s", bank.path, f"{bank.num_rows:,}", bank.row_dim, bank.digest)
     return RunMemory(bank=bank, index=index, layers=settings.layers, site=site)
+
+
+def _open_run_bank(path: Path, settings: GraftSettings) -> Bank:
+    """The run's bank, or of it the rows that the run uses, from the node's copy if one is wanted."""
+    if settings.bank_node_copy is not None:
+        path = node_copy(path, settings.bank_node_copy)
+    return open_bank(
+        path,
+        verify=settings.verify_bank,  # type: ignore[arg-type]
+        rows=settings.bank_rows,
+        threads=settings.bank_lookup_threads,
+    )
 
 
 def _check_normalised(bank: Bank, settings: GraftSettings) -> None:

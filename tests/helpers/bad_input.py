@@ -8,7 +8,7 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_graft.bank.manifest import KEYS_NAME, MANIFEST_NAME
+from megatron_graft.bank.manifest import INDEX_NAME, KEYS_NAME, MANIFEST_NAME
 from megatron_graft.commands import EXIT_BAD_INPUT
 
 
@@ -33,7 +33,9 @@ BROKEN = {
     "truncated": r"{bank}/rows\S+: is truncated or was altered \(got \d+ bytes; expected \d+ bytes\)\. \w+",
     "missing keys": r"{bank}/keys\.safetensors: is missing\. \w+",
     "altered": r"{bank}/rows\S+: was altered: .* \(got [0-9a-f]{{64}}; expected [0-9a-f]{{64}}\)\. \w+",
-    "newer": r"{bank}/bank\.json: was written by a newer format version \(got 2; expected at most 1\)\. Update",
+    "missing index": r"{bank}/index\.qbt: is missing\. \w+",
+    "newer": r"{bank}/bank\.json: was written by a newer format version \(got 3; expected 2\)\. Update",
+    "older": r"{bank}/bank\.json: was written by an older format version \(got 1; expected 2\)\. Rebuild the bank",
 }
 
 
@@ -49,8 +51,11 @@ def broken_bank(sound: Path, directory: Path) -> Path:
             rows.write_bytes(data[:-2])
         case "missing keys":
             (directory / KEYS_NAME).unlink()
+        case "missing index":
+            (directory / INDEX_NAME).unlink()
         case "altered":
             rows.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
-        case "newer":
-            manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"version": 2}))
+        case "newer" | "older" as age:
+            version = 3 if age == "newer" else 1
+            manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"version": version}))
     return directory

@@ -26,7 +26,7 @@ def observe(bank_path: Path) -> dict[str, Any]:
 
     bank = open_bank(bank_path)
     fetcher = MemoryFetcher(bank, open_index(bank), SequenceSlice())
-    site = SiteConfig(row_dim=bank.row_dim, conv_kernel=4, conv_dilation=bank.max_order, seed=3, init_std=0.02)
+    site = SiteConfig(row_layout=bank.row_layout, conv_kernel=4, conv_dilation=bank.max_order, seed=3, init_std=0.02)
     stock, grafted = build(()), build(SITE_LAYERS, site)
     tokens = torch.randint(1, VOCAB, (2, POSITIONS), generator=torch.Generator().manual_seed(0))
     seen: dict[str, Any] = {

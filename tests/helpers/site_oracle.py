@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from megatron_graft.bank.bf16 import float32_from_bf16
 from megatron_graft.bank.reader import Bank
 
 
@@ -19,9 +18,7 @@ class SiteOracle:
     """Answers instead of ``MemorySite.forward``; set :attr:`tokens_BS` before each micro-batch."""
 
     def __init__(self, bank: Bank) -> None:
-        bits = np.zeros((bank.num_rows, bank.row_dim), dtype=np.uint16)
-        bank.gather(np.arange(bank.num_rows), bits)
-        self.rows = torch.from_numpy(float32_from_bf16(bits).astype(np.float64))
+        self.rows = torch.from_numpy(bank.float_rows(np.arange(bank.num_rows)).astype(np.float64))
         self.keys = {
             tuple(int(token) for token in ids[len(ids) - order :]): row
             for row, (ids, order) in enumerate(zip(bank.key_ids.tolist(), bank.key_orders.tolist(), strict=True))

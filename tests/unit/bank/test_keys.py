@@ -5,6 +5,7 @@ import dataclasses
 import numpy as np
 import pytest
 
+from megatron_graft.bank import keys as keys_module
 from megatron_graft.bank.arrays import ArrayError
 from megatron_graft.bank.keys import BankKeys, canonical_order, check_keys, check_keys_distinct
 from megatron_graft.errors import BankFormatError
@@ -34,11 +35,14 @@ def test_rows_stand_by_count_then_order_then_ids():
     assert canonical_order(keys).tolist() == list(range(len(COUNTS)))
 
 
-def test_good_keys_pass():
+@pytest.mark.parametrize("chunk", [1, 2, 4, 1000])
+def test_good_keys_pass(monkeypatch, chunk):
+    monkeypatch.setattr(keys_module, "_CHUNK_ROWS", chunk)
     check(keys_of(COUNTS))
     check_keys_distinct(keys_of(COUNTS), "the keys")
 
 
+@pytest.mark.parametrize("chunk", [1, 2, 4, 1000])
 @pytest.mark.parametrize(
     ("keys", "message"),
     [
@@ -58,7 +62,8 @@ def test_good_keys_pass():
         (edited("key_ids", 2, [-1, 1, 3]), "row 3 is out of place"),
     ],
 )
-def test_keys_at_odds_with_the_identity_are_refused(keys, message):
+def test_keys_at_odds_with_the_identity_are_refused(keys, message, monkeypatch, chunk):
+    monkeypatch.setattr(keys_module, "_CHUNK_ROWS", chunk)
     with pytest.raises(BankFormatError, match=f"^the keys: {message}"):
         check(keys)
 

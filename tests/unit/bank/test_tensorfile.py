@@ -17,7 +17,14 @@ COUNTS = np.arange(3, dtype=np.int64) * 2**40
 IDS = np.arange(12, dtype=np.int32).reshape(3, 4) - 1
 ORDERS = np.array([2, 3, 4], dtype=np.uint8)
 ROWS = np.arange(30, dtype=np.uint16).reshape(3, 10) * 1000
-TENSORS = {"counts": ("I64", COUNTS), "ids": ("I32", IDS), "rows": ("BF16", ROWS), "orders": ("U8", ORDERS)}
+HALVES = np.array([0.5, -2.0], dtype=np.float16)
+SCALES = np.array([1e-9, 3.5], dtype=np.float32)
+QUANTISED = np.array([[-127, 0, 127]], dtype=np.int8)
+FLOAT8 = np.arange(255, dtype=np.uint8)
+TENSORS = {
+    "counts": ("I64", COUNTS), "ids": ("I32", IDS), "scales": ("F32", SCALES), "rows": ("BF16", ROWS),
+    "halves": ("F16", HALVES), "orders": ("U8", ORDERS), "quantised": ("I8", QUANTISED), "float8": ("F8_E4M3", FLOAT8),
+}  # fmt: skip
 GOOD = {
     "a": {"dtype": "U8", "shape": [2, 3], "data_offsets": [0, 6]},
     "b": {"dtype": "U8", "shape": [4], "data_offsets": [6, 10]},
@@ -60,7 +67,10 @@ def test_the_safetensors_library_reads_our_files(tmp_path):
     loaded = safetensors.torch.load_file(path)
     assert loaded["rows"].dtype == torch.bfloat16
     np.testing.assert_array_equal(loaded["rows"].view(torch.int16).numpy().view(np.uint16), ROWS)
-    for name, array in {"counts": COUNTS, "ids": IDS, "orders": ORDERS}.items():
+    assert loaded["float8"].dtype == torch.float8_e4m3fn
+    np.testing.assert_array_equal(loaded["float8"].view(torch.uint8).numpy(), FLOAT8)
+    plain = {"counts": COUNTS, "ids": IDS, "orders": ORDERS, "halves": HALVES, "scales": SCALES, "quantised": QUANTISED}
+    for name, array in plain.items():
         np.testing.assert_array_equal(loaded[name].numpy(), array)
 
 
@@ -99,7 +109,7 @@ def test_the_hand_made_header_is_good(tmp_path):
         ({"a": []}, "'a': is malformed"),
         ({"a": {"dtype": "U8", "shape": [10]}}, "'a': is malformed"),
         (changed("a", extra=1), "'a': is malformed"),
-        (changed("a", dtype="F8"), "unknown dtype .got F8"),
+        (changed("a", dtype="F8_E5M2"), "unknown dtype .got F8_E5M2"),
         (changed("a", dtype=["U8"]), "unknown dtype"),
         (changed("a", shape=6), "malformed shape"),
         (changed("a", shape=[-2, -3]), "malformed shape"),
@@ -148,6 +158,14 @@ def test_a_truncated_file_is_refused(tmp_path, kept):
     path.write_bytes(path.read_bytes()[:kept])
     with pytest.raises(BankFormatError):
         read_header(path)
+
+
+def test_a_tensor_that_cannot_be_mapped_is_refused(tmp_path):
+    write_tensors(tmp_path / "file", TENSORS)
+    entry = read_header(tmp_path / "file")["counts"]
+    (tmp_path / "file").write_bytes(b"")  # since its header was read
+    with pytest.raises(BankFormatError, match="file: cannot be mapped"):
+        map_tensor(tmp_path / "file", entry)
 
 
 def test_a_missing_file_is_refused(tmp_path):

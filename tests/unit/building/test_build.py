@@ -16,6 +16,7 @@ from megatron_graft.building.donor import HuggingFaceDonor
 from megatron_graft.building.encode import rows_from_states
 from megatron_graft.data.tokenizer import TextTokenizer
 from megatron_graft.errors import BankError, ConfigError, DonorError
+from tests.helpers.banks import make_bank, random_counts
 from tests.helpers.building import save_llama, write_data_set
 
 SHUFFLED, RANDOM = Control(kind="shuffled", seed=3), Control(kind="random", seed=3)
@@ -25,7 +26,7 @@ SHUFFLED, RANDOM = Control(kind="shuffled", seed=3), Control(kind="random", seed
 def config(data_prefix: str, tmp_path: Path) -> BankBuildConfig:
     return BankBuildConfig(
         data_prefixes=(data_prefix,), split=None, orders=(2, 3, 4), num_rows=60, min_count=2,
-        donor_layers=(1, 2), raw=False, control=None, output=tmp_path / "bank",
+        donor_layers=(1, 2), raw=False, control=None, row_dtype="bfloat16", output=tmp_path / "bank",
     )  # fmt: skip
 
 
@@ -35,9 +36,10 @@ def donor(donor_directory: Path) -> HuggingFaceDonor:
 
 
 def all_rows(bank: Bank) -> np.ndarray:
-    rows = np.empty((bank.num_rows, bank.row_dim), dtype=np.uint16)
-    bank.gather(np.arange(bank.num_rows, dtype=np.int64), rows)
-    return rows
+    """uint16 ``[N, row_dim]``: bfloat16 bits."""
+    packed = np.empty((bank.num_rows, bank.row_bytes), dtype=np.uint8)
+    bank.gather(np.arange(bank.num_rows, dtype=np.int64), packed)
+    return packed.view(np.uint16)
 
 
 def keys_as_lists(bank: Bank) -> list[list[int]]:
@@ -96,6 +98,7 @@ def test_each_choice_makes_another_identity(
     changes: list[dict[str, Any]] = [
         {}, {"orders": (2, 3)}, {"num_rows": 59}, {"donor_layers": (1,)}, {"donor_layers": (0, 2)}, {"raw": True},
         {"control": SHUFFLED}, {"control": Control(kind="shuffled", seed=4)}, {"control": RANDOM}, {"split": "1,1"},
+        {"row_dtype": "int8"}, {"row_dtype": "int8", "control": RANDOM},
     ]  # fmt: skip
     digests = set()
     for number, change in enumerate(changes):
@@ -175,6 +178,7 @@ def test_a_build_that_fails_leaves_nothing(
 @pytest.mark.parametrize(
     ("change", "error"),
     [({"orders": (2, 9)}, ConfigError), ({"min_count": 0}, ConfigError), ({"num_rows": 0}, ConfigError),
+     ({"row_dtype": "float16"}, ConfigError),
      ({"donor_layers": (3,)}, DonorError), ({"min_count": 10**6}, BankError)],
 )  # fmt: skip
 def test_an_unusable_configuration_is_refused_before_the_donor_runs(
@@ -186,6 +190,54 @@ def test_an_unusable_configuration_is_refused_before_the_donor_runs(
 ) -> None:
     with pytest.raises(error, match="^(?!donor: was run)"):
         build_bank(dataclasses.replace(config, **change), tokenizer=recipient, encoder=SilentDonor(donor_directory))
+
+
+def test_int8_rows_are_the_rows_within_half_a_scale(
+    config: BankBuildConfig, recipient: TextTokenizer, donor: HuggingFaceDonor, tmp_path: Path
+) -> None:
+    build_bank(config, tokenizer=recipient, encoder=donor)
+    small = dataclasses.replace(config, row_dtype="int8", output=tmp_path / "small")
+    assert build_bank(small, tokenizer=recipient, encoder=donor).identity.row_dtype == "int8"
+    whole, quantised = (open_bank(output, verify="full") for output in (config.output, small.output))
+    every = np.arange(60)
+    values, found = whole.float_rows(every), quantised.float_rows(every)
+    for layer, width in ((0, 32), (1, 32)):
+        columns = slice(layer * width, (layer + 1) * width)
+        largest = np.abs(values[:, columns]).max(axis=1, keepdims=True)
+        assert (np.abs(found[:, columns] - values[:, columns]) <= largest / 253).all()
+    assert (quantised.row_bytes, whole.row_bytes) == (64 + 8, 128)
+
+
+def test_controls_of_an_int8_bank(
+    config: BankBuildConfig, recipient: TextTokenizer, donor: HuggingFaceDonor, tmp_path: Path
+) -> None:
+    config = dataclasses.replace(config, row_dtype="int8")
+    build_bank(config, tokenizer=recipient, encoder=donor)
+    made = build_control(config.output, SHUFFLED, tmp_path / "made")
+    scratch = dataclasses.replace(config, control=SHUFFLED, output=tmp_path / "scratch")
+    assert made.digest == build_bank(scratch, tokenizer=recipient, encoder=donor).digest
+    with pytest.raises(ConfigError, match="--control random: cannot be made from stored rows"):
+        build_control(config.output, RANDOM, tmp_path / "random")
+    assert not (tmp_path / "random").exists()
+
+
+def test_a_control_of_a_sharded_bank_is_that_of_the_same_rows_in_one_file(tmp_path: Path) -> None:
+    counts = random_counts(20, seed=1)
+    for name, shard_rows in (("one", None), ("many", 6)):
+        make_bank(tmp_path / name, counts, layers=(12, 3), row_dtype="int8", shard_rows=shard_rows)
+        build_control(tmp_path / name, SHUFFLED, tmp_path / f"{name}-shuffled")
+    assert files_of(tmp_path / "one-shuffled") == files_of(tmp_path / "many-shuffled")
+
+
+def test_a_bank_of_an_older_format_in_the_way_is_not_touched(
+    config: BankBuildConfig, recipient: TextTokenizer, donor_directory: Path
+) -> None:
+    config.output.mkdir()
+    manifest = config.output / "bank.json"
+    manifest.write_text('{"format": "megatron-graft-bank", "version": 1}')
+    with pytest.raises(BankError, match="bank of another format version. Remove it or choose another --output"):
+        build_bank(config, tokenizer=recipient, encoder=SilentDonor(donor_directory))
+    assert manifest.read_text().endswith("1}")
 
 
 @pytest.mark.parametrize("control", [SHUFFLED, RANDOM])

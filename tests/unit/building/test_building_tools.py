@@ -33,6 +33,12 @@ def test_a_bank_is_built_and_its_coverage_printed_and_stored(
     assert f"{stored['data_sets']['heldout']['hit_rate']:.1%}" in table
 
 
+def test_rows_are_stored_as_asked(arguments: list[str], tmp_path: Path) -> None:
+    assert build_bank.main([*arguments, "--row-dtype", "int8"]) == 0
+    assert open_bank(tmp_path / "bank", verify="full").manifest.identity.row_dtype == "int8"
+    assert build_bank.main(arguments) == 2  # of other settings now
+
+
 def test_a_control_is_made_from_a_bank(arguments: list[str], tmp_path: Path) -> None:
     assert build_bank.main(arguments) == 0
     control = ["--control", "shuffled", "--seed", "7", "--from-bank", str(tmp_path / "bank")]

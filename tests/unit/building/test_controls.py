@@ -1,14 +1,24 @@
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import numpy as np
 import pytest
 
 from megatron_graft.bank.bf16 import bf16_from_float32, float32_from_bf16
 from megatron_graft.bank.manifest import Control
+from megatron_graft.bank.quantise import StoredRows, stored_as
 from megatron_graft.building.controls import control_rows
 from megatron_graft.errors import ConfigError
 
 SHUFFLED, RANDOM = Control(kind="shuffled", seed=3), Control(kind="random", seed=3)
+
+
+def controlled(layers: dict[int, np.ndarray], control: Control) -> Mapping[int, np.ndarray]:
+    """``control_rows`` of bfloat16 rows."""
+    rows = control_rows(StoredRows(row_dtype="bfloat16", layers=layers), control)
+    assert rows.row_dtype == "bfloat16" and not rows.scales
+    return rows.layers
 
 
 def real_rows(num_rows: int = 4000, width: int = 24) -> dict[int, np.ndarray]:
@@ -25,7 +35,7 @@ def real_rows(num_rows: int = 4000, width: int = 24) -> dict[int, np.ndarray]:
 def test_shuffled_rows_are_one_permutation_for_all_layers_that_leaves_no_row_in_place() -> None:
     real = real_rows()
     numbered = {6: real[6], 12: np.arange(4000, dtype=np.uint16)[:, None].repeat(24, axis=1)}
-    shuffled = control_rows(numbered, SHUFFLED)
+    shuffled = controlled(numbered, SHUFFLED)
     sources = shuffled[12][:, 0].astype(np.int64)
     assert sorted(sources.tolist()) == list(range(4000))
     assert (sources != np.arange(4000)).all()
@@ -34,7 +44,7 @@ def test_shuffled_rows_are_one_permutation_for_all_layers_that_leaves_no_row_in_
 
 def test_random_rows_match_norms_and_moments_and_nothing_else() -> None:
     real = real_rows()
-    for layer, bits in control_rows(real, RANDOM).items():
+    for layer, bits in controlled(real, RANDOM).items():
         want, got = float32_from_bf16(real[layer]), float32_from_bf16(bits)
         np.testing.assert_allclose(np.linalg.norm(got, axis=1), np.linalg.norm(want, axis=1), rtol=5e-3)
         np.testing.assert_allclose(got.mean(axis=0), want.mean(axis=0), atol=0.02)
@@ -45,18 +55,37 @@ def test_random_rows_match_norms_and_moments_and_nothing_else() -> None:
 
 def test_random_layers_are_drawn_apart() -> None:
     one_layer = real_rows()[6]
-    drawn = control_rows({6: one_layer, 12: one_layer}, RANDOM)
+    drawn = controlled({6: one_layer, 12: one_layer}, RANDOM)
     assert (drawn[6] != drawn[12]).mean() > 0.9
 
 
 @pytest.mark.parametrize("kind", ["shuffled", "random"])
 def test_the_seed_decides_every_bit(kind: str) -> None:
     real = real_rows(100)
-    first, again, other = (control_rows(real, Control(kind=kind, seed=seed))[6] for seed in (1, 1, 2))
+    first, again, other = (controlled(real, Control(kind=kind, seed=seed))[6] for seed in (1, 1, 2))
     np.testing.assert_array_equal(first, again)
     assert (first != other).any()
 
 
 def test_one_row_cannot_be_shuffled() -> None:
     with pytest.raises(ConfigError, match="at least 2 rows"):
-        control_rows({6: np.zeros((1, 4), dtype=np.uint16)}, SHUFFLED)
+        controlled({6: np.zeros((1, 4), dtype=np.uint16)}, SHUFFLED)
+
+
+def test_shuffled_rows_keep_their_scales() -> None:
+    real = stored_as("int8", real_rows(100))
+    shuffled = control_rows(real, SHUFFLED)
+    assert shuffled.row_dtype == "int8"
+    for layer, elements in real.layers.items():
+        pairs = zip(elements, real.scales[layer], strict=True)
+        places = {(bytes(row), float(scale)): place for place, (row, scale) in enumerate(pairs)}
+        moved = zip(shuffled.layers[layer], shuffled.scales[layer], strict=True)
+        found = [places[bytes(row), float(scale)] for row, scale in moved]
+        assert sorted(found) == list(range(100)) and all(place != row for row, place in enumerate(found))
+
+
+def test_random_rows_cannot_be_drawn_from_quantised_ones() -> None:
+    with pytest.raises(
+        ConfigError, match="--control random: cannot be made .*got int8; expected bfloat16.*from the data"
+    ):
+        control_rows(stored_as("int8", real_rows(100)), RANDOM)

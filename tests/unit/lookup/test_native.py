@@ -2,50 +2,69 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from megatron_graft.bank.extension import load_extension
+from megatron_graft.errors import ConfigError
 from megatron_graft.lookup.index import open_index
 from tests.helpers.banks import EOD
 
-KEY_IDS = np.array([[-1, 1, 2], [3, 1, 2]], dtype=np.int32)
+KEY_IDS = np.array([[-1, 3, 1], [3, 1, 2]], dtype=np.int32)
 KEY_ORDERS = np.array([2, 3], dtype=np.uint8)
 TOKENS = np.array([[3, 1, 2]], dtype=np.int32)
+BODIES = ("plain", "portable", "avx2", "avx512")
 
 
-def table(ids: np.ndarray = KEY_IDS, orders: np.ndarray = KEY_ORDERS, vocab_size: int = 9):
-    return load_extension().SuffixTable(ids, orders, vocab_size)
+@pytest.fixture
+def index_path(tmp_path: Path) -> Path:
+    path = tmp_path / "index"
+    build(path)
+    return path
+
+
+def build(path: Path, ids: np.ndarray = KEY_IDS, orders: np.ndarray = KEY_ORDERS, vocab_size: int = 9, **changes):
+    settings = {"tokenizer_sha256": b"t" * 32, "keys_sha256": b"k" * 32, "threads": 1, "memory_bytes": 1 << 20}
+    return load_extension().build_index(str(path), ids, orders, vocab_size, **{**settings, **changes})
+
+
+def opened(path: Path, row_limit: int = 2, pages: str = "file", body: str = "auto", threads: int = 1):
+    return load_extension().SuffixIndex(str(path), row_limit, pages, body, threads)
 
 
 def outputs(shape: tuple[int, ...] = (1, 3)) -> tuple[np.ndarray, np.ndarray]:
     return np.full(shape, 7, np.int64), np.full(shape, 7, np.uint8)
 
 
-def test_it_answers_directly():
+def test_it_answers_directly(index_path):
     rows, orders = outputs()
-    table().lookup(TOKENS, None, None, rows, orders)
-    assert (rows.tolist(), orders.tolist()) == ([[-1, -1, 1]], [[0, 0, 3]])
+    opened(index_path).lookup(TOKENS, None, None, rows, orders)
+    assert (rows.tolist(), orders.tolist()) == ([[-1, 0, 1]], [[0, 2, 3]])
 
 
-def test_a_table_without_keys_misses_everything():
-    rows, orders = outputs()
-    table(np.empty((0, 3), np.int32), np.empty(0, np.uint8)).lookup(TOKENS, None, None, rows, orders)
-    assert (rows == -1).all() and (orders == 0).all()
+def test_a_header_says_what_the_index_was_built_from(index_path):
+    header = opened(index_path).header
+    assert header == load_extension().read_index_header(str(index_path)) == build(index_path.with_name("again"))
+    assert (header["rows"], header["phantoms"], header["min_order"], header["max_order"]) == (2, 1, 2, 3)
+    assert (header["tokenizer_sha256"], header["keys_sha256"]) == (b"t" * 32, b"k" * 32)
+    assert header["file_bytes"] == index_path.stat().st_size
+    assert [level["entries"] for level in header["levels"]] == opened(index_path).count_entries() == [2, 1]
 
 
-def test_a_table_keeps_its_own_copy_of_the_keys():
-    ids, orders = KEY_IDS.copy(), KEY_ORDERS.copy()
-    built = table(ids, orders)
-    ids.fill(0)
-    orders.fill(0)
-    rows, found = outputs()
-    built.lookup(TOKENS, None, None, rows, found)
-    assert found.tolist() == [[0, 0, 3]]
+@pytest.mark.parametrize("changes", [{"threads": 3}, {"memory_bytes": 1}, {"threads": 2, "memory_bytes": 100}])
+def test_the_bytes_of_an_index_do_not_depend_on_how_it_was_built(tmp_path, changes):
+    rng = np.random.default_rng(0)
+    keys = np.unique(rng.integers(0, 30, (4000, 4)).astype(np.int32), axis=0)
+    orders = np.full(len(keys), 4, np.uint8)
+    build(tmp_path / "plain", keys, orders, 30)
+    build(tmp_path / "other", keys, orders, 30, **changes)
+    assert (tmp_path / "plain").read_bytes() == (tmp_path / "other").read_bytes()
 
 
 @pytest.mark.parametrize(
@@ -56,15 +75,33 @@ def test_a_table_keeps_its_own_copy_of_the_keys():
         (KEY_IDS, KEY_ORDERS[None], "key_orders is .N."),
         (KEY_IDS, np.array([2, 4], np.uint8), "row 1 has order 4"),
         (KEY_IDS, np.array([0, 3], np.uint8), "row 0 has order 0"),
-        (KEY_IDS, np.array([3, 3], np.uint8), "row 0 has a token outside the vocabulary"),
+        (KEY_IDS, np.array([3, 3], np.uint8), "row 0 has token -1, outside the vocabulary"),
         (KEY_IDS[[1, 1]], KEY_ORDERS[[1, 1]], "row 1 repeats the key of row 0"),
-        (np.full((2, 3), 9, np.int32), KEY_ORDERS, "outside the vocabulary"),
-        (np.zeros((1, 256), np.int32), np.array([2], np.uint8), "do not fit"),
+        (np.full((2, 3), 9, np.int32), KEY_ORDERS, "has token 9, outside the vocabulary"),
+        (np.zeros((1, 9), np.int32), np.array([2], np.uint8), "max_order from 1 to 8"),
+        (np.empty((0, 3), np.int32), np.empty(0, np.uint8), "max_order from 1 to 8 and N orders"),
     ],
 )
-def test_keys_that_make_no_sense_are_a_value_error(ids, orders, message):
+def test_keys_that_make_no_sense_are_a_value_error_and_leave_no_file(tmp_path, ids, orders, message):
     with pytest.raises(ValueError, match=message):
-        table(ids, orders)
+        build(tmp_path / "index", ids, orders)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_index_is_never_written_over_a_file(index_path):
+    before = index_path.read_bytes()
+    with pytest.raises(FileExistsError):
+        build(index_path)
+    assert index_path.read_bytes() == before
+
+
+def test_a_build_that_its_caller_stops_leaves_no_file(tmp_path):
+    def stop(done: int, total: int) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        build(tmp_path / "index", progress=stop)
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(
@@ -76,9 +113,18 @@ def test_keys_that_make_no_sense_are_a_value_error(ids, orders, message):
         (KEY_IDS.tolist(), KEY_ORDERS),
     ],
 )
-def test_keys_are_never_converted(ids, orders):
+def test_keys_are_never_converted(tmp_path, ids, orders):
     with pytest.raises(TypeError):
-        table(ids, orders)
+        build(tmp_path / "index", ids, orders)
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [({"pages": "big"}, "no pages big"), ({"body": "sse9"}, "no body sse9"), ({"threads": 0}, "thread")],
+)
+def test_settings_that_do_not_exist_are_a_value_error(index_path, setting, message):
+    with pytest.raises(ValueError, match=message):
+        opened(index_path, **setting)
 
 
 @pytest.mark.parametrize(
@@ -94,11 +140,11 @@ def test_keys_are_never_converted(ids, orders):
         {"document_starts": np.zeros((1, 3), np.uint8)},
     ],
 )
-def test_arguments_are_never_converted(changes):
+def test_arguments_are_never_converted(index_path, changes):
     rows, orders = outputs()
     good = {"tokens": TOKENS, "eod": EOD, "document_starts": None, "rows_out": rows, "orders_out": orders}
     with pytest.raises(TypeError):
-        table().lookup(**{**good, **changes})
+        opened(index_path).lookup(**{**good, **changes})
     assert (rows == 7).all() and (orders == 7).all()
 
 
@@ -112,51 +158,47 @@ def test_arguments_are_never_converted(changes):
         {"document_starts": np.zeros((1, 2), bool)},
     ],
 )
-def test_shapes_are_checked_before_memory_is_touched(changes):
+def test_shapes_are_checked_before_memory_is_touched(index_path, changes):
     rows, orders = outputs()
     good = {"tokens": TOKENS, "eod": EOD, "document_starts": None, "rows_out": rows, "orders_out": orders}
     with pytest.raises(ValueError):
-        table().lookup(**{**good, **changes})
+        opened(index_path).lookup(**{**good, **changes})
     assert (rows == 7).all() and (orders == 7).all()
 
 
-def test_read_only_outputs_are_refused():
+def test_read_only_outputs_are_refused(index_path):
     rows, orders = outputs()
     rows.flags.writeable = False
     with pytest.raises(ValueError, match="rows_out is read-only"):
-        table().lookup(TOKENS, None, None, rows, orders)
-    out = np.zeros((1, 2), np.uint16)
-    out.flags.writeable = False
-    with pytest.raises(ValueError, match="out is read-only"):
-        load_extension().gather_rows([np.zeros((1, 2), np.uint16)], np.zeros(1, np.int64), out)
+        opened(index_path).lookup(TOKENS, None, None, rows, orders)
 
 
-def test_gather_equals_take_over_several_blocks():
-    rng = np.random.default_rng(0)
-    blocks = [rng.integers(0, 2**16, (11, width)).astype(np.uint16) for width in (5, 1, 64)]
-    rows = rng.integers(-3, 11, 100)
-    out = np.empty((100, 70), np.uint16)
-    load_extension().gather_rows(blocks, rows, out)
-    expected = np.concatenate(blocks, axis=1).take(np.maximum(rows, 0), axis=0)
-    np.testing.assert_array_equal(out, np.where(rows[:, None] < 0, 0, expected))
+@pytest.mark.parametrize("setting", [*({"body": body} for body in BODIES), {"pages": "huge"}, {"threads": 3}])
+def test_every_body_and_setting_gives_the_same_answers(bank_of, setting):
+    rng = np.random.default_rng(1)
+    keys = sorted({tuple(rng.integers(1, 4, rng.integers(1, 9)).tolist()) for _ in range(2000)})
+    bank = bank_of(keys, vocab_size=4)
+    tokens = rng.integers(-1, 5, (3, 20_000)).astype(np.int32)
+    expected = open_index(bank).lookup(tokens, eod=EOD)
+    try:
+        index = open_index(bank, **setting)
+    except ConfigError as error:
+        pytest.skip(str(error))
+    rows, orders = index.lookup(tokens, eod=EOD)
+    np.testing.assert_array_equal(rows, expected[0])
+    np.testing.assert_array_equal(orders, expected[1])
+    assert set(np.unique(orders)) == set(range(9))
 
 
-@pytest.mark.parametrize(
-    ("rows", "shape", "error"),
-    [
-        ([0, 3], (2, 6), IndexError),
-        ([0, 2**62], (2, 6), IndexError),
-        ([0, 1], (2, 5), ValueError),
-        ([0, 1], (3, 6), ValueError),
-        ([0, 1], (12,), ValueError),
-    ],
-)
-def test_gather_refuses_before_it_writes(rows, shape, error):
-    blocks = [np.zeros((4, 4), np.uint16), np.zeros((3, 2), np.uint16)]
-    out = np.full(shape, 7, np.uint16)
-    with pytest.raises(error):
-        load_extension().gather_rows(blocks, np.array(rows), out)
-    assert (out == 7).all()
+def test_a_forked_child_looks_up_with_threads_of_its_own(bank_of):
+    index = open_index(bank_of([(1, 2), (2, 2)]), threads=2)
+    tokens = np.random.default_rng(0).integers(0, 3, (2, 50_000))
+    expected, _ = index.lookup(tokens, eod=EOD)
+    child = os.fork()
+    if child == 0:
+        rows, _ = index.lookup(tokens, eod=EOD)
+        os._exit(0 if (rows == expected).all() else 1)
+    assert os.waitpid(child, 0)[1] == 0
 
 
 def test_threads_may_look_up_and_gather_at_once(bank_of):
@@ -169,7 +211,7 @@ def test_threads_may_look_up_and_gather_at_once(bank_of):
 
     def work(number: int) -> None:
         rows, orders = np.empty((4, 2000), np.int64), np.empty((4, 2000), np.uint8)
-        out = np.empty((8000, bank.row_dim), np.uint16)
+        out = np.empty((8000, bank.row_bytes), np.uint8)
         for turn in range(10):
             choice = (number + turn) % len(batches)
             index.lookup(batches[choice], eod=EOD, rows_out=rows, orders_out=orders)

@@ -3,13 +3,18 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from megatron_graft.bank.row_layout import ROW_DTYPES, RowLayout
 from megatron_graft.data.microbatch import MicroBatchMemory
 from megatron_graft.memory.site import MemorySite, SiteConfig
 
-HIDDEN, ROW_DIM, POSITIONS, SEQUENCES = 8, 6, 10, 2
+HIDDEN, POSITIONS, SEQUENCES = 8, 10, 2
+BFLOAT16 = RowLayout(dtype=ROW_DTYPES["bfloat16"], widths=(6,))
+INT8 = RowLayout(dtype=ROW_DTYPES["int8"], widths=(4, 2))
 
 
-def make_site(*, conv_kernel: int = 4, layer_number: int = 2, randomised: bool = False) -> MemorySite:
+def make_site(
+    *, conv_kernel: int = 4, layer_number: int = 2, randomised: bool = False, row_layout: RowLayout = BFLOAT16
+) -> MemorySite:
     config = SimpleNamespace(
         hidden_size=HIDDEN,
         params_dtype=torch.float32,
@@ -17,7 +22,7 @@ def make_site(*, conv_kernel: int = 4, layer_number: int = 2, randomised: bool =
         sequence_parallel=False,
         layernorm_epsilon=1e-5,
     )
-    site_config = SiteConfig(row_dim=ROW_DIM, conv_kernel=conv_kernel, conv_dilation=2, seed=7, init_std=0.02)
+    site_config = SiteConfig(row_layout=row_layout, conv_kernel=conv_kernel, conv_dilation=2, seed=7, init_std=0.02)
     site = MemorySite(config, site_config, layer_number, None)
     if randomised:
         generator = torch.Generator().manual_seed(1)
@@ -29,8 +34,25 @@ def make_site(*, conv_kernel: int = 4, layer_number: int = 2, randomised: bool =
 
 def make_memory(orders: list[list[int]]) -> MicroBatchMemory:
     """One distinct random row per hit; the whole sequence is one document."""
-    memory = MicroBatchMemory.allocate(0, SEQUENCES, POSITIONS, ROW_DIM)
-    memory.rows_PD[1:] = torch.randn(memory.rows_PD[1:].shape, generator=torch.Generator().manual_seed(2)).bfloat16()
+    memory = MicroBatchMemory.allocate(0, SEQUENCES, POSITIONS, BFLOAT16)
+    rows_PD = memory.rows_PR.view(torch.bfloat16)
+    rows_PD[1:] = torch.randn(rows_PD[1:].shape, generator=torch.Generator().manual_seed(2)).bfloat16()
+    return with_orders(memory, orders)
+
+
+def make_scaled_memory(orders: list[list[int]]) -> tuple[MicroBatchMemory, torch.Tensor]:
+    """The same with int8 rows; and what the rows mean, float32 ``[P + 1, D]``."""
+    memory = MicroBatchMemory.allocate(0, SEQUENCES, POSITIONS, INT8)
+    generator = torch.Generator().manual_seed(2)
+    elements = torch.randint(-127, 128, (SEQUENCES * POSITIONS + 1, 6), generator=generator, dtype=torch.int8)
+    scales = torch.rand(len(elements), 2, generator=generator)
+    elements[0], scales[0] = 0, 0
+    memory.rows_PR[:, :6] = elements.view(torch.uint8)
+    memory.rows_PR[:, 8:] = scales.view(torch.uint8)
+    return with_orders(memory, orders), elements * torch.repeat_interleave(scales, torch.tensor([4, 2]), dim=1)
+
+
+def with_orders(memory: MicroBatchMemory, orders: list[list[int]]) -> MicroBatchMemory:
     memory.order_BS[:] = torch.tensor(orders, dtype=torch.uint8)
     numbered = torch.arange(1, SEQUENCES * POSITIONS + 1, dtype=torch.int32).view(SEQUENCES, POSITIONS)
     memory.inverse_BS[:] = torch.where(memory.order_BS > 0, numbered, 0)
@@ -61,6 +83,15 @@ def test_a_fresh_site_can_learn(hidden: torch.Tensor) -> None:
     assert site.value_weight.grad.abs().max() > 0
 
 
+def test_scaled_rows_get_no_gradient_and_parameters_do(hidden: torch.Tensor) -> None:
+    site = make_site(randomised=True, row_layout=INT8)
+    memory, _ = make_scaled_memory(HITS_FROM_POSITION_4)
+    stored = memory.packed.clone()
+    (site(hidden, memory.packed) ** 2).sum().backward()
+    assert all(parameter.grad.abs().max() > 0 for parameter in site.parameters())
+    assert memory.packed.grad is None and torch.equal(memory.packed, stored)
+
+
 def test_a_miss_adds_exactly_nothing(hidden: torch.Tensor) -> None:
     out = make_site(conv_kernel=0, randomised=True)(hidden, make_memory(HITS_FROM_POSITION_4).packed)
     assert torch.equal(out[:4], hidden[:4])
@@ -89,14 +120,29 @@ def test_equals_the_equations_written_out(hidden: torch.Tensor) -> None:
     site, memory = make_site(conv_kernel=0, randomised=True), make_memory(HITS_FROM_POSITION_4)
     out = site(hidden, memory.packed)
     t, b = 6, 1
-    row = memory.rows_PD[int(memory.inverse_BS[b, t])].float()
+    row = memory.rows_PR.view(torch.bfloat16)[int(memory.inverse_BS[b, t])].float()
+    assert torch.allclose(out[t, b], by_the_equations(site, row, hidden[t, b]), atol=1e-6)
+
+
+def test_scaled_rows_mean_element_times_scale(hidden: torch.Tensor) -> None:
+    site = make_site(conv_kernel=0, randomised=True, row_layout=INT8)
+    memory, values_PD = make_scaled_memory(HITS_FROM_POSITION_4)
+    out = site(hidden, memory.packed)
+    assert torch.equal(out[:4], hidden[:4])
+    for t, b in ((4, 0), (9, 1)):
+        row = values_PD[int(memory.inverse_BS[b, t])]
+        assert torch.allclose(out[t, b], by_the_equations(site, row, hidden[t, b]), rtol=1e-5, atol=1e-5)
+
+
+def by_the_equations(site: MemorySite, row: torch.Tensor, h: torch.Tensor) -> torch.Tensor:
+    """The hidden state of one position after a site without convolution."""
 
     def rms_norm(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         return x / (x.pow(2).mean() + 1e-5).sqrt() * weight
 
-    k, v, h = site.key_weight @ row, site.value_weight @ row, hidden[t, b]
+    k, v = site.key_weight @ row, site.value_weight @ row
     gate = torch.sigmoid(rms_norm(k, site.key_norm) @ rms_norm(h, site.query_norm) / HIDDEN**0.5)
-    assert torch.allclose(out[t, b], h + gate * v, atol=1e-6)
+    return h + gate * v
 
 
 def test_bypassed_is_the_identity_whatever_the_weights(hidden: torch.Tensor) -> None:

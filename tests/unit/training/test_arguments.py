@@ -1,4 +1,4 @@
-"""The ``--graft-*`` flags and the combinations that are refused before training starts."""
+"""Our flags and the combinations that are refused before training starts."""
 
 import argparse
 from pathlib import Path
@@ -12,6 +12,7 @@ from megatron_graft.training.arguments import add_graft_arguments, graft_setting
 FLAGS = {
     "--graft-bank", "--graft-layers", "--graft-conv-kernel", "--graft-conv-dilation", "--graft-lookup",
     "--graft-look-ahead", "--graft-allow-raw-bank", "--graft-verify-bank", "--graft-run-dir",
+    "--bank-rows", "--bank-node-copy", "--bank-lookup-threads", "--bank-huge-pages",
 }  # fmt: skip
 WITH_BANK = ["--graft-bank", "bank", "--graft-layers", "3", "2"]
 MEGATRON_DEFAULTS: dict[str, Any] = {
@@ -69,6 +70,16 @@ def test_settings_of_a_run_with_memory() -> None:
     assert settings.bank == Path("bank")
     assert settings.layers == (2, 3)
     assert settings.conv_kernel == 4
+    assert (settings.bank_rows, settings.bank_node_copy) == (None, None)
+    assert (settings.bank_lookup_threads, settings.bank_huge_pages) == (1, False)
+
+
+def test_settings_of_how_the_bank_is_opened_and_read() -> None:
+    flags = ["--bank-rows", "1000", "--bank-node-copy", "local", "--bank-lookup-threads", "3", "--bank-huge-pages"]
+    settings = graft_settings(namespace([*WITH_BANK, *flags, "--graft-verify-bank", "sample"]))
+    assert (settings.bank_rows, settings.bank_node_copy) == (1000, Path("local"))
+    assert (settings.bank_lookup_threads, settings.bank_huge_pages) == (3, True)
+    assert settings.verify_bank == "sample"
 
 
 @pytest.mark.parametrize(
@@ -82,6 +93,12 @@ def test_settings_of_a_run_with_memory() -> None:
         ([*WITH_BANK, "--graft-conv-kernel", "-1"], r"--graft-conv-kernel: is too small \(got -1"),
         ([*WITH_BANK, "--graft-conv-dilation", "0"], r"--graft-conv-dilation: is too small"),
         ([*WITH_BANK, "--graft-look-ahead", "0"], r"--graft-look-ahead: is too small"),
+        ([*WITH_BANK, "--bank-rows", "0"], r"--bank-rows: is too small \(got 0; expected at least 1"),
+        ([*WITH_BANK, "--bank-lookup-threads", "0"], r"--bank-lookup-threads: is too small"),
+        ([*WITH_BANK, "--bank-huge-pages", "--graft-lookup", "reference"], r"--bank-huge-pages: has no use with"),
+        (["--bank-rows", "5"], r"--bank-rows: was given without a bank \(got 5\)"),
+        (["--bank-node-copy", "local"], r"--bank-node-copy: was given without a bank \(got local\)"),
+        (["--bank-huge-pages"], r"--bank-huge-pages: was given without a bank"),
     ],
 )
 def test_a_bad_value_is_refused_with_flag_and_expectation(argv: list[str], message: str) -> None:

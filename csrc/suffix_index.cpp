@@ -1,0 +1,163 @@
+#include "suffix_index.hpp"
+
+#include <algorithm>
+#include <array>
+#include <stdexcept>
+#include <string>
+
+#include "checked.hpp"
+
+namespace megatron_graft {
+namespace {
+
+constexpr std::size_t kHistory = kMaxOrder - 1;
+
+WalkFunction walk_of(Body body) {
+    switch (body) {
+        case Body::kPlain:
+            return walk_plain;
+#if defined(__x86_64__)
+        case Body::kAvx2:
+            return walk_avx2;
+        case Body::kAvx512:
+            return walk_avx512;
+#endif
+        default:
+            return walk_portable;
+    }
+}
+
+void require(bool condition, const char* message) {
+    if (!condition) {
+        throw std::invalid_argument(message);
+    }
+}
+
+}  // namespace
+
+void SuffixState::reorder(std::span<const std::int64_t> parents) {
+    std::vector<std::uint32_t> tokens(parents.size() * max_order_);
+    std::vector<std::uint8_t> reach(parents.size());
+    for (std::size_t index = 0; index < parents.size(); ++index) {
+        if (parents[index] < 0 || static_cast<std::size_t>(parents[index]) >= sequences()) {
+            throw std::out_of_range("sequence " + std::to_string(parents[index]) + " of " +
+                                    std::to_string(sequences()));
+        }
+        const auto parent = static_cast<std::size_t>(parents[index]);
+        std::copy_n(tokens_.begin() + static_cast<std::ptrdiff_t>(parent * max_order_), max_order_,
+                    tokens.begin() + static_cast<std::ptrdiff_t>(index * max_order_));
+        reach[index] = reach_[parent];
+    }
+    tokens_ = std::move(tokens);
+    reach_ = std::move(reach);
+}
+
+SuffixIndex::SuffixIndex(std::span<const std::byte> file, std::uint64_t row_limit, Body body)
+    : header_(parse_index_header(file)), walk_(walk_of(body == Body::kAuto ? widest_body() : body)) {
+    require(body_available(body), "this machine lacks the instructions asked for");
+    require(reinterpret_cast<std::uintptr_t>(file.data()) % alignof(Bucket) == 0,
+            "an index must start on a cache line");
+    tables_.max_order = header_.max_order;
+    tables_.token_bits = header_.token_bits();
+    tables_.key_bits = header_.key_bits();
+    tables_.row_limit = static_cast<std::uint32_t>(std::min(row_limit, header_.rows));
+    if (header_.unigrams_offset != 0) {
+        tables_.unigrams = reinterpret_cast<const std::uint32_t*>(file.data() + header_.unigrams_offset);
+    }
+    for (const IndexLevel& level : header_.levels) {
+        tables_.levels[level.order] = {reinterpret_cast<const Bucket*>(file.data() + level.offset),
+                                       level.buckets};
+    }
+}
+
+bool SuffixIndex::usable(std::int64_t token, const std::optional<std::int64_t>& eod) const {
+    return token >= 0 && static_cast<std::uint64_t>(token) < header_.vocab_size && token != eod;
+}
+
+template <typename Token>
+void SuffixIndex::lookup(const TokenBatch<Token>& batch, Matches matches, const ThreadPool& pool) const {
+    const std::size_t positions = batch.tokens.size();
+    require(matches.rows.size() == positions && matches.orders.size() == positions &&
+                (batch.document_starts.empty() || batch.document_starts.size() == positions),
+            "tokens, document_starts and outputs differ in length");
+    require(batch.length == 0 ? positions == 0 : positions % batch.length == 0,
+            "tokens are not whole sequences");
+    pool.for_ranges(positions, 4 * kWalkBlock, [&](std::size_t begin, std::size_t end) {
+        for (std::size_t block = begin; block < end; block += kWalkBlock) {
+            lookup_range(batch, block, std::min(end, block + kWalkBlock), matches);
+        }
+    });
+}
+
+template <typename Token>
+void SuffixIndex::lookup_range(const TokenBatch<Token>& batch, std::size_t begin, std::size_t end,
+                               Matches matches) const {
+    std::array<std::uint32_t, kHistory + kWalkBlock> tokens;
+    std::array<std::uint8_t, kHistory + kWalkBlock> reach;
+    // A few positions before the block say how far back its first ones reach.
+    const std::size_t first = begin - std::min(begin, kHistory);
+    std::uint32_t longest = 0;
+    std::size_t next_sequence = (first + batch.length - 1) / batch.length * batch.length;
+    for (std::size_t position = first; position < end; ++position) {
+        bool starts = !batch.document_starts.empty() && batch.document_starts[position] != 0;
+        if (position == next_sequence) {
+            starts = true;
+            next_sequence += batch.length;
+        }
+        const std::int64_t token = batch.tokens[position];
+        longest = usable(token, batch.eod) ? (starts ? 1 : std::min(longest + 1, header_.max_order)) : 0;
+        tokens[position - first] = static_cast<std::uint32_t>(token);
+        reach[position - first] = static_cast<std::uint8_t>(longest);
+    }
+    const std::size_t lead = begin - first;
+    walk_(tables_, {tokens.data() + lead, reach.data() + lead, 1, end - begin, matches.rows.data() + begin,
+                    matches.orders.data() + begin});
+}
+
+template <typename Token>
+void SuffixIndex::step(SuffixState& state, std::span<const Token> tokens, std::optional<std::int64_t> eod,
+                       Matches matches) const {
+    const std::size_t sequences = state.sequences();
+    const std::size_t width = state.max_order_;
+    require(width == header_.max_order, "the state belongs to another index");
+    require(
+        tokens.size() == sequences && matches.rows.size() == sequences && matches.orders.size() == sequences,
+        "tokens and outputs are not one per sequence");
+    for (std::size_t index = 0; index < sequences; ++index) {
+        std::uint32_t* const oldest = state.tokens_.data() + index * width;
+        std::copy(oldest + 1, oldest + width, oldest);
+        oldest[width - 1] = static_cast<std::uint32_t>(tokens[index]);
+        std::uint8_t& reach = state.reach_[index];
+        const auto longer = static_cast<std::uint8_t>(std::min<std::size_t>(reach + std::size_t{1}, width));
+        reach = usable(tokens[index], eod) ? longer : std::uint8_t{0};
+    }
+    for (std::size_t begin = 0; begin < sequences; begin += kWalkBlock) {
+        walk_(tables_, {state.tokens_.data() + begin * width + width - 1, state.reach_.data() + begin, width,
+                        std::min(kWalkBlock, sequences - begin), matches.rows.data() + begin,
+                        matches.orders.data() + begin});
+    }
+}
+
+std::vector<std::uint64_t> SuffixIndex::count_entries() const {
+    std::vector<std::uint64_t> counts;
+    for (const IndexLevel& level : header_.levels) {
+        std::uint64_t entries = 0;
+        for (const Bucket& bucket :
+             std::span(tables_.levels[level.order].buckets, level.buckets + kGuardBuckets)) {
+            entries += static_cast<std::uint64_t>(
+                std::count_if(bucket.words.begin(), bucket.words.end(),
+                              [](std::uint32_t word) { return word != kEmptyWord; }));
+        }
+        counts.push_back(entries);
+    }
+    return counts;
+}
+
+template void SuffixIndex::lookup(const TokenBatch<std::int32_t>&, Matches, const ThreadPool&) const;
+template void SuffixIndex::lookup(const TokenBatch<std::int64_t>&, Matches, const ThreadPool&) const;
+template void SuffixIndex::step(SuffixState&, std::span<const std::int32_t>, std::optional<std::int64_t>,
+                                Matches) const;
+template void SuffixIndex::step(SuffixState&, std::span<const std::int64_t>, std::optional<std::int64_t>,
+                                Matches) const;
+
+}  // namespace megatron_graft
