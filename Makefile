@@ -32,7 +32,7 @@ MAKEFLAGS += --no-print-directory
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
-	@echo "Variables: VENV=<dir> PYTHON=<path> ARGS=\"<megatron flags>\" RUN_NAME=<name> TESTS=\"<pytest arguments>\""
+	@echo "Variables: VENV=<dir> PYTHON=<path> ARGS=\"<megatron flags>\" RUN_NAME=<name> TESTS=\"<pytest arguments>\" FUZZ_SECONDS=<n> POSITIONS=<n>"
 
 setup: ## create VENV and install requirements.lock into it (does nothing when that is done)
 	@if [ -x $(VENV)/bin/python ]; then python=$(VENV)/bin/python; else python=$$(scripts/find_python.sh); fi; \
@@ -56,6 +56,41 @@ pretrain-shuffled: native ## the same run with the bank's rows shuffled among it
 
 test: native ## run the tests
 	@python -m pytest $(TESTS)
+
+# C++ programs: built by csrc/programs.mk into build/native/, without Python.
+FUZZ_SECONDS ?= 60
+POSITIONS ?= 5000000
+PROGRAMS = $(MAKE) --silent -j$(shell nproc) -f csrc/programs.mk
+.PHONY: test-native test-asan test-tsan test-python-asan fuzz prove-lookup
+
+test-native: ## build and run the C++ tests
+	@$(PROGRAMS) FLAVOUR=release tests
+	@build/native/release/run_tests
+
+test-asan: ## the same under the address and undefined-behaviour sanitizers; replays the fuzzers' kept inputs
+	@$(PROGRAMS) FLAVOUR=asan tests fuzz_open fuzz_lookup
+	@scripts/under_sanitizer.sh asan
+
+test-tsan: ## the same under the thread sanitizer
+	@$(PROGRAMS) FLAVOUR=tsan tests
+	@scripts/under_sanitizer.sh tsan
+
+test-python-asan: native ## the Python tests of bank and lookup with the extension under the address sanitizer
+	@scripts/python_under_asan.sh $(ARGS)
+
+fuzz: ## fuzz opening and looking up for FUZZ_SECONDS (60)
+	@scripts/fuzz.sh $(FUZZ_SECONDS)
+
+prove-lookup: ## compare POSITIONS (5000000) answers with the brute-force oracle; build/prove/lookup.json
+	@$(PROGRAMS) FLAVOUR=fast prove_lookup
+	@mkdir -p build/prove
+	@build/native/fast/prove_lookup --positions $(POSITIONS) --json build/prove/lookup.json
+
+# Everything is made below build/bench and kept. ARGS="--entries small" checks the answers only; see --help of the tool.
+.PHONY: bench-lookup
+bench-lookup: native ## measure lookup, gather and opening; build/bench/lookup.json and a table (idle machine, ARGS="...")
+	@scripts/install_bench_libraries.sh
+	@python tools/bench/lookup.py $(ARGS)
 
 check: lint types lint-cpp lint-shell lint-docker rules ## formatting, lint, types and the house's rules
 

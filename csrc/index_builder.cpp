@@ -169,7 +169,8 @@ class Builder {
         for (const std::uint8_t order : keys.orders) {
             ++keys_by_order_[order];
         }
-        for (std::uint32_t order = 1; order <= header_.max_order; ++order) {
+        total_ = keys_by_order_[1];
+        for (std::uint32_t order = 2; order <= header_.max_order; ++order) {
             total_ += at_least(order);
         }
     }

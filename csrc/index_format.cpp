@@ -141,6 +141,26 @@ void read_sections(std::span<const std::byte> file, IndexHeader& header) {
     require_equal(entries, header.nodes(), "sum of the sections' entries");
 }
 
+// Compares the places that the header gives with those that follow from its counts.
+void check_places(std::span<const std::byte> file, const IndexHeader& header) {
+    std::size_t at = kSectionsAt;
+    const auto check = [&](std::uint32_t order, std::uint64_t offset, std::uint64_t buckets) {
+        const std::string name = "section of order " + std::to_string(order) + ": ";
+        require_equal(load<std::uint64_t>(file, at + kOffsetIn), offset, name + "offset");
+        require_equal(load<std::uint64_t>(file, at + kBytesIn), section_bytes(header, order, buckets),
+                      name + "size");
+        at += kSectionEntryBytes;
+    };
+    if (header.min_order == 1) {
+        check(1, header.unigrams_offset, 0);
+    }
+    for (const IndexLevel& level : header.levels) {
+        check(level.order, level.offset, level.buckets);
+    }
+    require_equal(load<std::uint64_t>(file, kFileBytesAt), header.file_bytes, "file size in the header");
+    require_equal(file.size(), header.file_bytes, "size of the file");
+}
+
 }  // namespace
 
 unsigned IndexHeader::token_bits() const {
@@ -219,9 +239,8 @@ IndexHeader parse_index_header(std::span<const std::byte> file) {
     read_counts(file, header);
     read_sections(file, header);
     lay_out(header);
-    require_equal(load<std::uint64_t>(file, kFileBytesAt), header.file_bytes, "file size in the header");
-    require_equal(file.size(), header.file_bytes, "size of the file");
-    // What remains (offsets, sizes, reserved bytes) has one right value: that of the header written anew.
+    check_places(file, header);
+    // What remains, the reserved bytes, has one right value: that of the header written anew.
     const HeaderPage expected = serialise_index_header(header);
     const auto differs = std::mismatch(expected.begin(), expected.end(), file.begin()).first;
     require(differs == expected.end(),

@@ -81,7 +81,8 @@ std::byte* map_huge(const std::filesystem::path& path, std::size_t size) {
 }  // namespace
 
 MappedFile::MappedFile(const std::filesystem::path& path, Pages pages) {
-    const Descriptor descriptor(path, O_RDONLY);
+    // Not blocking: a pipe without a writer is refused below instead of waited for.
+    const Descriptor descriptor(path, O_RDONLY | O_NONBLOCK);
     struct stat status{};
     if (::fstat(descriptor.number(), &status) != 0) {
         fail(path, "cannot be examined");

@@ -3,7 +3,9 @@
 #if defined(__x86_64__)
 
 // gcc 12 finds the "undefined" inputs that its own intrinsics are written with uninitialised.
+#if !defined(__clang__)
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#endif
 
 #include <immintrin.h>
 
@@ -19,7 +21,7 @@ namespace megatron_graft {
 namespace {
 
 constexpr std::size_t kVector = 16;
-constexpr std::size_t kChunk = 32;
+constexpr std::size_t kChunk = 64;
 constexpr std::size_t kChunks = 4;
 constexpr std::size_t kPadded = kChunk + kVector;  // a whole vector may be stored at any walker's place
 // A step is the position's reach << 16 | order << 5 | displacement.
