@@ -89,29 +89,83 @@ void SuffixIndex::lookup(const TokenBatch<Token>& batch, Matches matches, const 
     });
 }
 
+// Where the walk may begin and how far it may go, for one block of positions and a few before it. Byte by
+// byte and without a branch, so that the compiler does many positions at once.
+class SuffixIndex::Reaches {
+  public:
+    // Reads `count` tokens; `eod` is -1 if there is none.
+    template <typename Token>
+    void read(const Token* tokens, std::size_t count, std::uint64_t vocab_size, std::int64_t eod) {
+        count_ = count;
+        for (std::size_t index = 0; index < count; ++index) {
+            const std::int64_t token = tokens[index];
+            // A negative token is a huge one without its sign.
+            usable_[index] = static_cast<std::uint8_t>(
+                static_cast<unsigned>(static_cast<std::uint64_t>(token) < vocab_size) &
+                static_cast<unsigned>(token != eod));
+            tokens_[index] = static_cast<std::uint32_t>(token);
+        }
+        joined_[0] = 0;
+        for (std::size_t index = 1; index < count; ++index) {
+            joined_[index] = usable_[index] & usable_[index - 1];
+        }
+    }
+
+    // A document starts wherever `starts` is not zero; one byte for each token that was read.
+    void part_at(const std::uint8_t* starts) {
+        for (std::size_t index = 1; index < count_; ++index) {
+            joined_[index] &= static_cast<std::uint8_t>(starts[index] == 0);
+        }
+    }
+
+    void part_at(std::size_t index) { joined_[index] = 0; }
+
+    // Counts, for each token, itself if it is usable and the tokens before it that are joined to it.
+    void count(std::size_t max_order) {
+        reach_ = usable_;
+        run_ = joined_;
+        for (std::size_t age = 1; age < max_order; ++age) {
+            for (std::size_t index = 0; index < count_; ++index) {
+                reach_[index] = static_cast<std::uint8_t>(reach_[index] + run_[index]);
+            }
+            for (std::size_t index = age; index < count_; ++index) {
+                run_[index] &= joined_[index - age];
+            }
+        }
+    }
+
+    [[nodiscard]] const std::uint32_t* tokens() const { return tokens_.data(); }
+    [[nodiscard]] const std::uint8_t* reach() const { return reach_.data(); }
+
+  private:
+    using Bytes = std::array<std::uint8_t, kHistory + kWalkBlock>;
+
+    std::size_t count_ = 0;
+    std::array<std::uint32_t, kHistory + kWalkBlock> tokens_;
+    Bytes usable_;
+    Bytes joined_;  // with the token before, in one document
+    Bytes run_;
+    Bytes reach_;
+};
+
 template <typename Token>
 void SuffixIndex::lookup_range(const TokenBatch<Token>& batch, std::size_t begin, std::size_t end,
                                Matches matches) const {
-    std::array<std::uint32_t, kHistory + kWalkBlock> tokens;
-    std::array<std::uint8_t, kHistory + kWalkBlock> reach;
     // A few positions before the block say how far back its first ones reach.
     const std::size_t first = begin - std::min(begin, kHistory);
-    std::uint32_t longest = 0;
-    std::size_t next_sequence = (first + batch.length - 1) / batch.length * batch.length;
-    for (std::size_t position = first; position < end; ++position) {
-        bool starts = !batch.document_starts.empty() && batch.document_starts[position] != 0;
-        if (position == next_sequence) {
-            starts = true;
-            next_sequence += batch.length;
-        }
-        const std::int64_t token = batch.tokens[position];
-        longest = usable(token, batch.eod) ? (starts ? 1 : std::min(longest + 1, header_.max_order)) : 0;
-        tokens[position - first] = static_cast<std::uint32_t>(token);
-        reach[position - first] = static_cast<std::uint8_t>(longest);
+    Reaches reaches;
+    reaches.read(batch.tokens.data() + first, end - first, header_.vocab_size, batch.eod.value_or(-1));
+    if (!batch.document_starts.empty()) {
+        reaches.part_at(batch.document_starts.data() + first);
     }
+    const std::size_t length = batch.length;
+    for (std::size_t start = (first + length - 1) / length * length; start < end; start += length) {
+        reaches.part_at(start - first);
+    }
+    reaches.count(header_.max_order);
     const std::size_t lead = begin - first;
-    walk_(tables_, {tokens.data() + lead, reach.data() + lead, 1, end - begin, matches.rows.data() + begin,
-                    matches.orders.data() + begin});
+    walk_(tables_, {reaches.tokens() + lead, reaches.reach() + lead, 1, end - begin,
+                    matches.rows.data() + begin, matches.orders.data() + begin});
 }
 
 template <typename Token>

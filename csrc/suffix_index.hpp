@@ -89,6 +89,8 @@ class SuffixIndex {
     [[nodiscard]] std::vector<std::uint64_t> count_entries() const;
 
   private:
+    class Reaches;
+
     template <typename Token>
     void lookup_range(const TokenBatch<Token>& batch, std::size_t begin, std::size_t end,
                       Matches matches) const;

@@ -9,6 +9,7 @@
 
 #include <immintrin.h>
 
+#include <algorithm>
 #include <array>
 #include <cstddef>
 #include <cstdint>
@@ -21,8 +22,8 @@ namespace megatron_graft {
 namespace {
 
 constexpr std::size_t kVector = 16;
-constexpr std::size_t kChunk = 64;
-constexpr std::size_t kChunks = 4;
+constexpr std::size_t kChunk = 128;
+constexpr std::size_t kChunks = 3;
 constexpr std::size_t kPadded = kChunk + kVector;  // a whole vector may be stored at any walker's place
 // A step is the position's reach << 16 | order << 5 | displacement.
 constexpr int kOrderAt = 5;
@@ -41,12 +42,9 @@ struct alignas(64) Chunk {
     std::size_t size = 0;
 };
 
-// The longest match so far of every position of the block. In 32 bits, because there are instructions to
-// scatter those.
-struct alignas(64) Best {
-    std::array<std::uint32_t, kWalkBlock> row;
-    std::array<std::uint32_t, kWalkBlock> order;
-};
+// The longest match so far of every position of the block: row in the lower half, order (0 for none) above
+// it.
+using Best = std::array<std::uint64_t, kWalkBlock>;
 
 // Sixteen numbers from an array, from its place `index` on.
 template <typename Array>
@@ -127,6 +125,15 @@ WALK_TARGET inline Findings read_findings(const Chunk& chunk, std::size_t first,
             read_lanes(chunk, first, there, lane, offsetof(Bucket, words))};
 }
 
+WALK_TARGET inline void keep_rows(Best& best, __mmask16 is_row, __m512i position, __m512i id, __m512i order) {
+    for (int part = 0; part < 2; ++part) {
+        const bool upper = part == 1;
+        const __m512i match = _mm512_or_si512(wide(id, upper), _mm512_slli_epi64(wide(order, upper), 32));
+        const auto mask = static_cast<__mmask8>(is_row >> (8 * part));
+        _mm512_mask_i32scatter_epi64(best.data(), mask, half(position, upper), match, 8);
+    }
+}
+
 WALK_TARGET inline void take_step(const WalkTables& tables, Chunk& chunk, Best& best) {
     look(chunk);
     const std::size_t size = chunk.size;
@@ -141,8 +148,7 @@ WALK_TARGET inline void take_step(const WalkTables& tables, Chunk& chunk, Best& 
         const __m512i step = load16(chunk.step, first);
         const __m512i order = order_of(step);
         const __mmask16 is_row = _mm512_mask_cmplt_epu32_mask(found, findings.id, constant(tables.row_limit));
-        _mm512_mask_i32scatter_epi32(best.row.data(), is_row, position, findings.id, 4);
-        _mm512_mask_i32scatter_epi32(best.order.data(), is_row, position, order, 4);
+        keep_rows(best, is_row, position, findings.id, order);
 
         // The bit that says "has children" is the sign.
         const __mmask16 deeper =
@@ -161,6 +167,17 @@ WALK_TARGET inline void take_step(const WalkTables& tables, Chunk& chunk, Best& 
         kept += static_cast<std::size_t>(__builtin_popcount(stays));
     }
     chunk.size = kept;
+}
+
+// Places of the positions' newest tokens.
+WALK_TARGET inline __m512i newest_places(const WalkBlock& block, __m512i position) {
+    return block.stride == 1
+               ? position
+               : _mm512_mullo_epi32(position, constant(static_cast<std::uint32_t>(block.stride)));
+}
+
+WALK_TARGET inline __m512i read_tokens(const WalkBlock& block, __mmask16 wanted, __m512i place) {
+    return _mm512_mask_i32gather_epi32(_mm512_setzero_si512(), wanted, place, block.tokens, 4);
 }
 
 // Sixteen positions from `next` on, of which those that can have an n-gram of two tokens become walkers.
@@ -182,9 +199,13 @@ WALK_TARGET inline std::size_t admit(const WalkTables& tables, const WalkBlock& 
             row = _mm512_mask_i32gather_epi32(row, usable, token, tables.unigrams, 4);
             is_row = _mm512_cmplt_epu32_mask(row, constant(tables.row_limit));
         }
-        // Vectors may reach beyond the block's end, but not beyond the arrays: kWalkBlock is whole vectors.
-        store16(best.row, next, row);
-        store16(best.order, next, _mm512_maskz_mov_epi32(is_row, constant(1)));
+        // Vectors may reach beyond the block's end, but not beyond the array: kWalkBlock is whole vectors.
+        const __m512i order = _mm512_maskz_mov_epi32(is_row, constant(1));
+        for (std::size_t part = 0; part < 2; ++part) {
+            const bool upper = part == 1;
+            store16(best, next + part * 8,
+                    _mm512_or_si512(wide(row, upper), _mm512_slli_epi64(wide(order, upper), 32)));
+        }
         const __mmask16 walks = _mm512_mask_cmpgt_epu32_mask(there, reach, constant(1));
         store16(chunk.position, chunk.size, _mm512_maskz_compress_epi32(walks, position));
         store16(chunk.parent, chunk.size, _mm512_maskz_compress_epi32(walks, token));
@@ -229,16 +250,14 @@ WALK_TARGET inline void aim(const WalkTables& tables, const WalkBlock& block, co
     const __m128i half_bits = _mm_cvtsi32_si128(static_cast<int>((tables.key_bits + 1) / 2));
     const __m128i token_bits = _mm_cvtsi32_si128(static_cast<int>(tables.token_bits));
     const __m128i to_top = _mm_cvtsi32_si128(static_cast<int>(64 - tables.key_bits));
-    const __m512i stride = constant(static_cast<std::uint32_t>(block.stride));
     for (std::size_t first = 0; first < chunk.size; first += kVector) {
         const __mmask16 there = first_lanes(chunk.size - first);
         const __m512i step = load16(chunk.step, first);
         const __m512i age = _mm512_sub_epi32(order_of(step), constant(1));
         const __m512i displacement = _mm512_and_si512(step, constant(kDisplacements));
-        const __m512i place =
-            _mm512_sub_epi32(_mm512_mullo_epi32(load16(chunk.position, first), stride), age);
+        const __m512i position = load16(chunk.position, first);
         const __m512i token =
-            _mm512_mask_i32gather_epi32(_mm512_setzero_si512(), there, place, block.tokens, 4);
+            read_tokens(block, there, _mm512_sub_epi32(newest_places(block, position), age));
         const __m512i parent = load16(chunk.parent, first);
         __m256i remainder[2];
         for (std::size_t part = 0; part < 2; ++part) {
@@ -256,17 +275,25 @@ WALK_TARGET inline void aim(const WalkTables& tables, const WalkBlock& block, co
         }
         const __m512i bare = _mm512_and_si512(join(remainder[0], remainder[1]), constant(kRemainderMask));
         store16(chunk.word, first, _mm512_or_si512(bare, _mm512_slli_epi32(displacement, kRemainderBits)));
-    }
-    for (std::size_t walker = 0; walker < chunk.size; ++walker) {
-        __builtin_prefetch(chunk.bucket[walker]);
+        // Here and not all at the end: few lines can be on their way at once, and there is work meanwhile.
+        // Into the second-level cache, which has more of them on their way than the first.
+        for (std::size_t walker = first; walker < std::min(first + kVector, chunk.size); ++walker) {
+            __builtin_prefetch(chunk.bucket[walker], 0, 2);
+        }
     }
 }
 
 WALK_TARGET inline void write_out(const WalkBlock& block, const Best& best) {
-    for (std::size_t position = 0; position < block.count; ++position) {
-        const std::uint32_t order = best.order[position];
-        block.rows[position] = order != 0 ? std::int64_t{best.row[position]} : -1;
-        block.orders[position] = static_cast<std::uint8_t>(order);
+    constexpr std::size_t kMatches = kVector / 2;
+    for (std::size_t position = 0; position < block.count; position += kMatches) {
+        const auto there = static_cast<__mmask8>(first_lanes(block.count - position) & 0xff);
+        const __m512i match = load16(best, position);
+        const __m512i order = _mm512_srli_epi64(match, 32);
+        const __mmask8 is_row = _mm512_test_epi64_mask(order, order);
+        const __m512i row =
+            _mm512_mask_and_epi64(_mm512_set1_epi64(-1), is_row, match, _mm512_set1_epi64(0xffffffff));
+        _mm512_mask_storeu_epi64(block.rows + position, there, row);
+        _mm512_mask_cvtepi64_storeu_epi8(block.orders + position, there, order);
     }
 }
 
@@ -274,7 +301,7 @@ WALK_TARGET inline void write_out(const WalkBlock& block, const Best& best) {
 
 WALK_TARGET void walk_avx512(const WalkTables& tables, const WalkBlock& block) {
     std::array<Chunk, kChunks> ring;
-    Best best;
+    alignas(64) Best best;
     const Levels levels = levels_of(tables);
     std::size_t next = 0;
     std::size_t walking = 1;

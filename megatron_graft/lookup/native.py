@@ -7,7 +7,7 @@ from typing import Any, Literal
 import numpy as np
 
 from megatron_graft.bank.extension import load_extension
-from megatron_graft.bank.manifest import COPY_AGAIN, INDEX_NAME
+from megatron_graft.bank.manifest import COPY_AGAIN
 from megatron_graft.bank.reader import Bank
 from megatron_graft.errors import BankFormatError, ConfigError
 from megatron_graft.lookup.arguments import check_arguments, check_step_arguments
@@ -41,7 +41,7 @@ class NativeIndex:
 
     def __init__(self, bank: Bank, *, pages: Pages = "file", body: Body = "auto", threads: int = 1) -> None:
         self.min_order, self.max_order = bank.min_order, bank.max_order
-        path = bank.path / INDEX_NAME
+        path = bank.index_path
         extension = load_extension()
         try:
             extension.read_index_header(str(path))
