@@ -20,7 +20,7 @@
 namespace megatron_graft {
 namespace {
 
-constexpr std::size_t kRangesPerThread = 4;
+constexpr std::size_t kRangesPerThread = 16;
 
 using RangeBody = std::function<void(std::size_t, std::size_t)>;
 
