@@ -23,7 +23,7 @@ from banks import bench_bank
 from corpus import Corpus, measure_corpus, prepare_corpus
 from machine import OtherLoad, describe_machine
 from opening import measure_opening
-from pages import TARGET_HEADER, markdown, plain_table, target_rows
+from pages import TARGET_HEADER, markdown, page_with, plain_table, proof, target_rows
 from programs import CHECKOUT, KeysOnDisk, bench_lookup, build_programs, make_keys, run_program
 from python_gather import measure_gather
 from python_lookup import adversarial_tokens, measure_lookup
@@ -32,7 +32,7 @@ from targets import judge
 from megatron_graft.bank.reader import open_bank
 from megatron_graft.commands import run_command
 from megatron_graft.errors import GraftError
-from megatron_graft.files import write_json_atomically
+from megatron_graft.files import write_bytes_atomically, write_json_atomically
 from megatron_graft.log import format_seconds, get_logger
 
 
@@ -97,6 +97,10 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
                         help="do not build the main index again if it is there: while tuning the walk")  # fmt: skip
     parser.add_argument("--markdown", type=Path, metavar="JSON",
                         help="measure nothing: print the page's tables from a run's JSON")  # fmt: skip
+    parser.add_argument("--proof", type=Path, metavar="JSON",
+                        help="with --markdown: add what `make prove-lookup` wrote")  # fmt: skip
+    parser.add_argument("--update-page", type=Path, metavar="PAGE",
+                        help="with --markdown: write the tables into this page, below its mark, instead")  # fmt: skip
     arguments = parser.parse_args(argv)
     prepared = (arguments.data_prefix, arguments.held_out_prefix)
     if any(prepared) and not all((*prepared, arguments.tokenizer_model)):
@@ -227,9 +231,19 @@ def main(argv: list[str] | None = None) -> int:
     """Run the command; return its exit code."""
     arguments = parse_arguments(argv)
     if arguments.markdown:
-        print(markdown(json.loads(arguments.markdown.read_text())), end="")
-        return 0
+        return run_command(lambda: _print_tables(arguments))
     return run_command(lambda: _measure(arguments))
+
+
+def _print_tables(arguments: argparse.Namespace) -> None:
+    tables = markdown(json.loads(arguments.markdown.read_text()))
+    if arguments.proof:
+        tables += "\n" + proof(json.loads(arguments.proof.read_text()))
+    if arguments.update_page:
+        page = arguments.update_page.read_text()
+        write_bytes_atomically(arguments.update_page, page_with(page, tables, arguments.update_page).encode())
+    else:
+        print(tables, end="")
 
 
 if __name__ == "__main__":

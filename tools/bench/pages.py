@@ -5,7 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from megatron_graft.errors import ConfigError
+
 Results = dict[str, Any]
+MARK = "<!-- Everything below is made by tools/bench/lookup.py --update-page. -->"
 TARGET_HEADER = ["figure", "promised", "measured", "verdict"]
 _VERDICTS = {True: "met", False: "MISSED", None: "not measured"}
 
@@ -41,6 +44,28 @@ def markdown(results: Results) -> str:
     }
     parts += [table(results[part]) for part, table in tables.items() if part in results]
     return "\n\n".join(parts) + "\n"
+
+
+def proof(record: Results) -> str:
+    """What `make prove-lookup` found, in a sentence."""
+    orders = ", ".join(f"{order}: {count:,}" for order, count in enumerate(record["positions_by_matched_order"]))
+    return (
+        f"`make prove-lookup`: {record['positions']:,} positions over {record['banks']:,} random and adversarial banks "
+        f"({record['keys']:,} keys; bodies {', '.join(record['bodies'])}; seed {record['seed']}), "
+        f"{record['incremental_positions']:,} of them one token at a time: {record['mismatches']:,} answers differ "
+        f"from the brute-force oracle's. Positions by length of their match: {orders}.\n"
+    )
+
+
+def page_with(page: str, tables: str, where: object) -> str:
+    """A page with the tables below its mark, in place of those that stood there.
+
+    Raises:
+        ConfigError: the page has no mark.
+    """
+    if MARK not in page:
+        raise ConfigError(f"--update-page {where}", "has no place for the tables", expected=f"a line {MARK}")
+    return page[: page.index(MARK)] + MARK + "\n\n" + tables
 
 
 def _machine(results: Results) -> str:
