@@ -1,9 +1,9 @@
 // The module megatron_graft._native: the only file that knows Python.
 //
 // Arrays are taken as they are: no argument is ever converted or copied to fit (noconvert, no forcecast), and
-// shape and writability are checked before a pointer leaves this file. The GIL is released around the C++
-// proper. std::invalid_argument, std::length_error and FormatError become ValueError, std::out_of_range
-// IndexError, std::system_error OSError.
+// shape and writability are checked before a pointer leaves this file. The GIL is released around
+// whatever takes long. std::invalid_argument, std::length_error and FormatError become ValueError,
+// std::out_of_range IndexError, std::system_error OSError.
 
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
@@ -68,13 +68,21 @@ void require_same_shape(const py::array& left, const py::array& right, const std
 }
 
 template <typename Element>
+void require_aligned(const Element* data) {
+    require(reinterpret_cast<std::uintptr_t>(data) % alignof(Element) == 0,
+            "an array is not aligned to its elements");
+}
+
+template <typename Element>
 std::span<const Element> view(const Array<Element>& array) {
+    require_aligned(array.data());
     return {array.data(), static_cast<std::size_t>(array.size())};
 }
 
 template <typename Element>
 std::span<Element> writable_view(Array<Element>& array, const std::string& name) {
     require(array.writeable(), name + " is read-only");
+    require_aligned(array.data());
     return {array.mutable_data(), static_cast<std::size_t>(array.size())};
 }
 
@@ -145,7 +153,7 @@ class MappedIndex {
   public:
     MappedIndex(const std::string& path, std::uint64_t row_limit, const std::string& pages,
                 const std::string& body, unsigned threads)
-        : file_(path, pages_named(pages)),
+        : file_(open_file(path, pages_named(pages))),
           index_(file_.bytes(), row_limit, body_named(body)),
           threads_(threads) {
         megatron_graft::shared_pool(threads);  // a bad number of threads is an error here
@@ -188,14 +196,21 @@ class MappedIndex {
         return SuffixState(sequences, index_.header().max_order);
     }
 
-    [[nodiscard]] std::vector<std::uint64_t> count_entries() const {
+    [[nodiscard]] std::pair<std::vector<std::uint64_t>, std::uint64_t> count_contents() const {
         const py::gil_scoped_release released;
-        return index_.count_entries();
+        SuffixIndex::Contents contents = index_.count_contents();
+        return {std::move(contents.entries), contents.rows};
     }
 
     [[nodiscard]] py::dict header() const { return describe(index_.header()); }
 
   private:
+    // Copying a large index takes a while.
+    static MappedFile open_file(const std::string& path, Pages pages) {
+        const py::gil_scoped_release released;
+        return MappedFile(path, pages);
+    }
+
     MappedFile file_;
     SuffixIndex index_;
     unsigned threads_;
@@ -315,7 +330,16 @@ void define_index(py::module_& module) {
                 state.reorder(view(parents));
             },
             py::arg("parents").noconvert(), "Sequence i becomes what sequence parents[i] was.")
-        .def("restart", &SuffixState::restart, py::arg("sequence"), "The next token starts a document.");
+        .def(
+            "restart",
+            [](SuffixState& state, std::int64_t sequence) {
+                if (sequence < 0 || static_cast<std::size_t>(sequence) >= state.sequences()) {
+                    throw std::out_of_range("sequence " + std::to_string(sequence) + " of " +
+                                            std::to_string(state.sequences()));
+                }
+                state.restart(static_cast<std::size_t>(sequence));
+            },
+            py::arg("sequence"), "The next token starts a document.");
     py::class_<MappedIndex> index(module, "SuffixIndex",
                                   "Exact longest-suffix lookup; immutable, thread-safe.");
     index.def(py::init<const std::string&, std::uint64_t, const std::string&, const std::string&, unsigned>(),
@@ -325,8 +349,8 @@ void define_index(py::module_& module) {
     define_lookup<std::int64_t>(index);
     index.def("start", &MappedIndex::start, py::arg("sequences"),
               "The state of so many sequences without a token.");
-    index.def("count_entries", &MappedIndex::count_entries,
-              "How many nodes each order from 2 on has, by counting.");
+    index.def("count_contents", &MappedIndex::count_contents,
+              "How many entries each section has and how many of all are rows, by counting.");
     index.def_property_readonly("header", &MappedIndex::header);
 }
 

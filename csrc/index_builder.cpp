@@ -158,7 +158,7 @@ class Builder {
   public:
     Builder(const std::filesystem::path& path, const KeyTable& keys, std::uint64_t vocab_size,
             const IndexIdentity& identity, const BuildOptions& options)
-        : path_(path), keys_(keys), options_(options), pool_(std::max(1U, options.threads)) {
+        : path_(path), keys_(keys), options_(options), pool_(options.threads) {
         check_keys(keys, vocab_size, pool_);
         header_.identity = identity;
         header_.vocab_size = vocab_size;

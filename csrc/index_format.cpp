@@ -36,6 +36,9 @@ constexpr std::size_t kBytesIn = 16;
 constexpr std::size_t kEntriesIn = 24;
 constexpr std::size_t kBucketsIn = 32;
 
+// The sections are read in place.
+static_assert(std::endian::native == std::endian::little, "the index needs a little-endian machine");
+
 using HeaderPage = std::array<std::byte, kHeaderBytes>;
 
 template <typename Number>
@@ -115,7 +118,8 @@ void read_section(std::span<const std::byte> entry, std::uint32_t order, IndexHe
     const auto entries = load<std::uint64_t>(entry, kEntriesIn);
     const auto buckets = load<std::uint64_t>(entry, kBucketsIn);
     if (order == 1) {
-        require(entries <= header.vocab_size, name + "entries", "exceed the vocabulary");
+        require(entries >= 1 && entries <= header.vocab_size, name + "entries",
+                "is not from 1 to the vocabulary's size");
         require_equal(load<std::uint32_t>(entry, kKeyBitsIn), 0, name + "key bits");
         require_equal(buckets, 0, name + "buckets");
         header.unigrams = entries;

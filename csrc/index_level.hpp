@@ -31,7 +31,8 @@ class LevelCollector {
     // Nodes of the share `part` of `parts`, ascending by mixed key. A suffix that is a key has its row as id;
     // the others are phantoms and are numbered from `first_phantom`. Where `children` is not empty, the node
     // of each key longer than `order` is written there, by row. Valid until the next call.
-    // Throws std::invalid_argument naming the rows if a key is there twice.
+    // Throws std::invalid_argument naming the rows if a key is there twice, std::length_error if there are
+    // too many nodes.
     [[nodiscard]] std::span<const LevelNode> collect(std::uint64_t part, std::uint64_t parts,
                                                      std::uint64_t first_phantom,
                                                      std::span<std::uint32_t> children);

@@ -148,7 +148,10 @@ SectionFile::~SectionFile() {
 
 std::span<std::byte> SectionFile::section(std::size_t offset, std::size_t size) {
     release();
-    const int error = ::posix_fallocate(descriptor_, static_cast<off_t>(offset), static_cast<off_t>(size));
+    int error = EINTR;
+    while (error == EINTR) {
+        error = ::posix_fallocate(descriptor_, static_cast<off_t>(offset), static_cast<off_t>(size));
+    }
     if (error != 0) {
         fail(path_, "has no space for " + std::to_string(size) + " bytes more", error);
     }

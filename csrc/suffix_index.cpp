@@ -192,19 +192,28 @@ void SuffixIndex::step(SuffixState& state, std::span<const Token> tokens, std::o
     }
 }
 
-std::vector<std::uint64_t> SuffixIndex::count_entries() const {
-    std::vector<std::uint64_t> counts;
+SuffixIndex::Contents SuffixIndex::count_contents() const {
+    Contents contents{};
+    if (tables_.unigrams != nullptr) {
+        const std::span rows(tables_.unigrams, header_.vocab_size);
+        const auto taken =
+            std::count_if(rows.begin(), rows.end(), [](std::uint32_t row) { return row != kNoRow; });
+        contents.entries.push_back(static_cast<std::uint64_t>(taken));
+        contents.rows += static_cast<std::uint64_t>(taken);
+    }
     for (const IndexLevel& level : header_.levels) {
         std::uint64_t entries = 0;
         for (const Bucket& bucket :
              std::span(tables_.levels[level.order].buckets, level.buckets + kGuardBuckets)) {
-            entries += static_cast<std::uint64_t>(
-                std::count_if(bucket.words.begin(), bucket.words.end(),
-                              [](std::uint32_t word) { return word != kEmptyWord; }));
+            for (std::size_t lane = 0; lane < kLanes; ++lane) {
+                const bool taken = bucket.words[lane] != kEmptyWord;
+                entries += taken ? 1U : 0U;
+                contents.rows += taken && bucket.ids[lane] < header_.rows ? 1U : 0U;
+            }
         }
-        counts.push_back(entries);
+        contents.entries.push_back(entries);
     }
-    return counts;
+    return contents;
 }
 
 template void SuffixIndex::lookup(const TokenBatch<std::int32_t>&, Matches, const ThreadPool&) const;

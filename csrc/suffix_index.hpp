@@ -85,8 +85,12 @@ class SuffixIndex {
     void step(SuffixState& state, std::span<const Token> tokens, std::optional<std::int64_t> eod,
               Matches matches) const;
 
-    // How many lanes of each order from 2 on hold a node: reads the whole file.
-    [[nodiscard]] std::vector<std::uint64_t> count_entries() const;
+    // What the sections hold, by counting: reads the whole file.
+    struct Contents {
+        std::vector<std::uint64_t> entries;  // by section
+        std::uint64_t rows;                  // entries that are rows
+    };
+    [[nodiscard]] Contents count_contents() const;
 
   private:
     class Reaches;

@@ -28,7 +28,7 @@ struct WalkTables {
 inline constexpr std::size_t kWalkBlock = 2048;
 
 // Positions to look up. Position p has its newest token at tokens[p * stride] and older ones before it,
-// of which it may use reach[p] in all (0 for none).
+// of which it may use reach[p] in all (0 for none, at most the tables' max_order).
 struct WalkBlock {
     const std::uint32_t* tokens;
     const std::uint8_t* reach;

@@ -187,10 +187,7 @@ WALK_TARGET inline std::size_t admit(const WalkTables& tables, const WalkBlock& 
     while (chunk.size + kVector <= kChunk && next < block.count) {
         const __mmask16 there = first_lanes(block.count - next);
         const __m512i position = _mm512_add_epi32(constant(static_cast<std::uint32_t>(next)), iota);
-        const __m512i newest =
-            _mm512_mullo_epi32(position, constant(static_cast<std::uint32_t>(block.stride)));
-        const __m512i token =
-            _mm512_mask_i32gather_epi32(_mm512_setzero_si512(), there, newest, block.tokens, 4);
+        const __m512i token = read_tokens(block, there, newest_places(block, position));
         const __m512i reach = _mm512_cvtepu8_epi32(_mm_maskz_loadu_epi8(there, block.reach + next));
         __m512i row = constant(kNoRow);
         __mmask16 is_row = 0;
@@ -310,9 +307,6 @@ WALK_TARGET void walk_avx512(const WalkTables& tables, const WalkBlock& block) {
         for (Chunk& chunk : ring) {
             take_step(tables, chunk, best);
             next = admit(tables, block, chunk, best, next);
-            if (tables.max_order < 2) {
-                chunk.size = 0;
-            }
             aim(tables, block, levels, chunk);
             walking += chunk.size;
         }

@@ -123,13 +123,6 @@ WALK_TARGET inline void aim(const WalkTables& tables, const WalkBlock& block, Ch
 
 WALK_TARGET inline void walk_in_ring(const WalkTables& tables, const WalkBlock& block) {
     std::array<Chunk, kChunks> ring;
-    if (tables.max_order < 2) {
-        Chunk none;
-        for (std::size_t next = 0; next < block.count; none.size = 0) {
-            next = admit(tables, block, none, next);
-        }
-        return;
-    }
     std::size_t next = 0;
     std::size_t walking = 1;
     while (walking != 0 || next < block.count) {

@@ -85,7 +85,7 @@ void run(Input input) {
     try {
         const IndexHeader header = parse_index_header(view.bytes());
         look_up_everything(view.bytes(), take_text(input, header.vocab_size), row_limit, body);
-        static_cast<void>(SuffixIndex(view.bytes()).count_entries());
+        static_cast<void>(SuffixIndex(view.bytes()).count_contents());
     } catch (const FormatError&) {
         // What a reader of foreign bytes promises.
     }

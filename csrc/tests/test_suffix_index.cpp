@@ -282,13 +282,21 @@ TEST("the entries counted are rows and phantoms") {
         const TestBank bank = make_bank(random, shape, 200);
         const AlignedBytes file = build_bytes(bank.keys, bank.vocab_size);
         const SuffixIndex index(file.bytes());
-        std::uint64_t counted = index.header().unigrams;
-        const std::vector<std::uint64_t> entries = index.count_entries();
-        CHECK_EQUAL(entries.size(), index.header().levels.size());
-        for (std::size_t level = 0; level < entries.size(); ++level) {
-            CHECK_EQUAL(entries[level], index.header().levels[level].entries);
-            counted += entries[level];
+        const SuffixIndex::Contents contents = index.count_contents();
+        std::vector<std::uint64_t> expected;
+        if (index.header().min_order == 1) {
+            expected.push_back(index.header().unigrams);
         }
+        for (const IndexLevel& level : index.header().levels) {
+            expected.push_back(level.entries);
+        }
+        CHECK_EQUAL(contents.entries.size(), expected.size());
+        std::uint64_t counted = 0;
+        for (std::size_t section = 0; section < expected.size(); ++section) {
+            CHECK_EQUAL(contents.entries[section], expected[section]);
+            counted += contents.entries[section];
+        }
+        CHECK_EQUAL(contents.rows, bank.keys.size());
         CHECK_EQUAL(counted, bank.keys.size() + bank.keys.phantoms());
         CHECK_EQUAL(index.header().phantoms, bank.keys.phantoms());
     }

@@ -6,7 +6,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from megatron_graft.errors import GraftError
+from megatron_graft.errors import ConfigError, GraftError
+
+MAX_THREADS = 1024
 
 
 class ArrayError(GraftError, ValueError):
@@ -42,6 +44,8 @@ def check_array(
     if not fits or any(want not in (None, have) for want, have in zip(shape, array.shape, strict=True)):
         wanted = ", ".join("any" if length is None else str(length) for length in shape)
         raise ArrayError(name, "has the wrong shape", got=list(array.shape), expected=f"[{wanted}]")
+    if not array.flags.aligned:
+        raise ArrayError(name, "is not aligned to its elements", remedy="Pass a copy of it.")
     if not array.flags.c_contiguous:
         raise ArrayError(name, "is not C-contiguous", remedy="Pass numpy.ascontiguousarray of it.")
     if writable and not array.flags.writeable:
@@ -53,3 +57,13 @@ def check_no_overlap(output_name: str, output: np.ndarray, input_name: str, give
     """Refuse an output that shares memory with an input still to be read."""
     if np.may_share_memory(output, given):
         raise ArrayError(output_name, f"shares memory with {input_name}", remedy="Pass a separate buffer.")
+
+
+def check_threads(threads: int) -> None:
+    """Refuse a number of threads that the extension has no pool of.
+
+    Raises:
+        ConfigError: it is not from 1 to :data:`MAX_THREADS`.
+    """
+    if not 1 <= threads <= MAX_THREADS:
+        raise ConfigError("threads", "is out of range", got=threads, expected=f"1 to {MAX_THREADS}")

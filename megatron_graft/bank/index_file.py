@@ -5,6 +5,7 @@ What is inside is the business of the compiled extension; looking things up is t
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -49,7 +50,7 @@ def build_index_file(
     path = directory / INDEX_NAME
     try:
         built = load_extension().build_index(
-            str(path),
+            os.fsencode(path),
             np.ascontiguousarray(keys.key_ids),
             np.ascontiguousarray(keys.key_orders),
             vocab_size,
@@ -73,7 +74,7 @@ def read_index_header(path: Path) -> dict[str, Any]:
         NativeExtensionError: the extension is not built.
     """
     with _reading(path):
-        header: dict[str, Any] = load_extension().read_index_header(str(path))
+        header: dict[str, Any] = load_extension().read_index_header(os.fsencode(path))
     return header
 
 
@@ -122,7 +123,7 @@ class KeyFinder:
     def __init__(self, path: Path, num_rows: int, threads: int) -> None:
         self._path = path
         with _reading(path):
-            self._index = load_extension().SuffixIndex(str(path), num_rows, "file", "auto", threads)
+            self._index = load_extension().SuffixIndex(os.fsencode(path), num_rows, "file", "auto", threads)
 
     def check(self, keys: BankKeys, span: tuple[int, int]) -> None:
         """Check that the keys of rows ``span[0]`` to ``span[1]`` are found, each at its own row.
@@ -146,17 +147,18 @@ class KeyFinder:
                 remedy=COPY_AGAIN,
             )
 
-    def check_entries(self, expected: int) -> None:
-        """Check that the tables of all orders from 2 on hold so many entries and no more. Reads the whole file.
+    def check_contents(self, entries: int, rows: int) -> None:
+        """Check that the index holds so many entries, of which so many are rows. Reads the whole file.
 
         Raises:
             BankFormatError: they do not.
         """
-        found = sum(self._index.count_entries())
-        if found != expected:
-            raise BankFormatError(
-                self._path, "has a wrong number of entries", got=found, expected=expected, remedy=COPY_AGAIN
-            )
+        by_section, found_rows = self._index.count_contents()
+        for what, found, expected in (("entries", sum(by_section), entries), ("rows", found_rows, rows)):
+            if found != expected:
+                raise BankFormatError(
+                    self._path, f"has a wrong number of {what}", got=found, expected=expected, remedy=COPY_AGAIN
+                )
 
 
 @contextmanager

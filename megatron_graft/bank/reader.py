@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from megatron_graft.bank.arrays import ArrayError, check_array, check_no_overlap
+from megatron_graft.bank.arrays import ArrayError, check_array, check_no_overlap, check_threads
 from megatron_graft.bank.index_file import check_index_header
 from megatron_graft.bank.keys import BankKeys
 from megatron_graft.bank.manifest import (
@@ -187,8 +187,7 @@ def open_bank(
     identity = manifest.identity
     if rows is not None and not 1 <= rows <= identity.num_rows:
         raise ConfigError(f"rows of {path}", "are not in this bank", got=rows, expected=f"1 to {identity.num_rows}")
-    if threads < 1:
-        raise ConfigError("threads", "is too small", got=threads, expected="at least 1")
+    check_threads(threads)
     headers = {file.name: _checked_header(path, file) for file in identity.files}
     check_size(path, manifest.index)
     use_index = gather == "native"

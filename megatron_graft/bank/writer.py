@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from megatron_graft.bank.arrays import ArrayError, check_array
+from megatron_graft.bank.arrays import ArrayError, check_array, check_threads
 from megatron_graft.bank.fields import Fields
 from megatron_graft.bank.index_file import build_index_file
 from megatron_graft.bank.keys import BankKeys, check_keys
@@ -128,9 +128,9 @@ def _check_part(name: str, part: TokenizerIdentity | DonorIdentity | Processing 
 def _check_settings(row_dtype: str, shard_rows: int | None, threads: int) -> None:
     if row_dtype not in ROW_DTYPES:
         raise ConfigError("row_dtype", "is unknown", got=row_dtype, expected=", ".join(ROW_DTYPES))
-    for name, value in (("shard_rows", shard_rows), ("threads", threads)):
-        if value is not None and value < 1:
-            raise ConfigError(name, "is too small", got=value, expected="at least 1")
+    if shard_rows is not None and shard_rows < 1:
+        raise ConfigError("shard_rows", "is too small", got=shard_rows, expected="at least 1")
+    check_threads(threads)
 
 
 def _check_keys(path: Path, keys: BankKeys, tokenizer: TokenizerIdentity) -> tuple[BankKeys, tuple[int, ...]]:

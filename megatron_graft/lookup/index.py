@@ -104,7 +104,7 @@ class SuffixIndex(Protocol):
             rows int64 ``[B]``, -1 at a miss, and orders uint8 ``[B]``, 0 at a miss.
 
         Raises:
-            ArrayError: an array has the wrong dtype, shape or layout.
+            ArrayError: an array has the wrong dtype, shape or layout, or an output overlaps another array.
         """
         ...
 

@@ -1,15 +1,17 @@
-"""Lookup in C++: the bank's index file, mapped (``csrc/suffix_index.hpp``) and called without the GIL."""
+"""Lookup in C++: the bank's index file, mapped (``csrc/suffix_index.hpp``). Whole sequences without the GIL."""
 
 from __future__ import annotations
 
+import os
 from typing import Any, Literal
 
 import numpy as np
 
+from megatron_graft.bank.arrays import check_threads
 from megatron_graft.bank.extension import load_extension
-from megatron_graft.bank.manifest import COPY_AGAIN
+from megatron_graft.bank.index_file import check_index_header
 from megatron_graft.bank.reader import Bank
-from megatron_graft.errors import BankFormatError, ConfigError
+from megatron_graft.errors import ConfigError
 from megatron_graft.lookup.arguments import check_arguments, check_step_arguments
 
 Pages = Literal["file", "huge"]
@@ -42,14 +44,12 @@ class NativeIndex:
     def __init__(self, bank: Bank, *, pages: Pages = "file", body: Body = "auto", threads: int = 1) -> None:
         self.min_order, self.max_order = bank.min_order, bank.max_order
         path = bank.index_path
-        extension = load_extension()
+        check_threads(threads)
+        # Again, and against this bank: it may have been opened without a look into its index.
+        check_index_header(path, bank.manifest.identity, bank.manifest.index)
         try:
-            extension.read_index_header(str(path))
+            self._index = load_extension().SuffixIndex(os.fsencode(path), bank.num_rows, pages, body, threads)
         except (OSError, ValueError) as error:
-            raise BankFormatError(path, f"is no sound index: {error}", remedy=COPY_AGAIN) from error
-        try:
-            self._index = extension.SuffixIndex(str(path), bank.num_rows, pages, body, threads)
-        except ValueError as error:
             got = f"pages={pages!r}, body={body!r}, threads={threads}"
             raise ConfigError("lookup", f"cannot be had as asked: {error}", got=got) from error
 

@@ -126,7 +126,7 @@ def _build_levels(bank: Bank) -> list[_Level]:
         has_token = bank.key_orders >= order
         if not has_token.any():  # the first rows of a bank may all be shorter than its longest key
             break
-        # Fits: nodes < 2^32 and vocab_size < 2^31, both bounded by the manifest.
+        # Fits: nodes < 2^32 and vocab_size <= 2^20, both bounded by the manifest.
         codes = nodes[has_token] * bank.vocab_size + bank.key_ids[has_token, -order]
         distinct, nodes[has_token] = np.unique(codes, return_inverse=True)
         ending = np.flatnonzero(bank.key_orders == order)

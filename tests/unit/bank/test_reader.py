@@ -326,7 +326,7 @@ def test_fewer_rows_are_another_bank_and_all_rows_are_the_same(bank_path):
 def test_rows_that_are_not_there_are_refused(bank_path, rows):
     with pytest.raises(ConfigError, match=f"rows of {bank_path}: are not in this bank .got {rows}; expected 1 to 5"):
         open_bank(bank_path, rows=rows)
-    with pytest.raises(ConfigError, match="threads: is too small"):
+    with pytest.raises(ConfigError, match="threads: is out of range"):
         open_bank(bank_path, threads=0)
 
 

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import json
 import shutil
 from pathlib import Path
 
@@ -138,7 +140,7 @@ def test_an_entry_that_no_key_asks_for_is_found_in_full(tmp_path):
     (path / INDEX_NAME).write_bytes(data[:empty] + np.uint32(1).tobytes() + data[empty + 4 :])
     refit_manifest(path)
     open_bank(path, "sample")
-    with pytest.raises(BankFormatError, match=f"{INDEX_NAME}: has a wrong number of entries .got 4; expected 3"):
+    with pytest.raises(BankFormatError, match=f"{INDEX_NAME}: has a wrong number of entries .got 5; expected 4"):
         open_bank(path, "full")
 
 
@@ -176,3 +178,16 @@ def test_every_row_is_checked_in_full_and_few_of_many_in_a_sample(tmp_path):
             refit_manifest(path)  # so that full verification gets as far as the keys
         with pytest.raises(BankFormatError, match=f"row {row} has a token outside"):
             open_bank(path, "sample" if found else "full", gather="reference")
+
+
+def test_a_row_given_to_another_token_is_found_even_if_the_digest_was_fitted(tmp_path):
+    make_bank(tmp_path / "bank", {(3,): 2, (3, 4): 1}, vocab_size=10)
+    index = tmp_path / "bank" / "index.qbt"
+    data = bytearray(index.read_bytes())
+    data[4096 + 9 * 4 : 4096 + 10 * 4] = (0).to_bytes(4, "little")
+    index.write_bytes(data)
+    manifest = json.loads((tmp_path / "bank" / "bank.json").read_text())
+    manifest["index"]["sha256"] = hashlib.sha256(data).hexdigest()
+    (tmp_path / "bank" / "bank.json").write_text(json.dumps(manifest))
+    with pytest.raises(BankFormatError, match="has a wrong number of entries .got 3; expected 2"):
+        open_bank(tmp_path / "bank", "full")

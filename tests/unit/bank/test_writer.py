@@ -143,7 +143,7 @@ def _quantised(scales: object) -> dict[str, object]:
         ({"row_dtype": "float64"}, ConfigError, "row_dtype: is unknown .got float64; expected bfloat16, "),
         ({"row_dtype": "float16"}, ArrayError, r"layers\[12\]: has the wrong dtype"),
         ({"shard_rows": 0}, ConfigError, "shard_rows: is too small"),
-        ({"threads": 0}, ConfigError, "threads: is too small"),
+        ({"threads": 0}, ConfigError, "threads: is out of range"),
         ({"scales": {12: random_scales(3)}}, ArrayError, "scales: are not those of the layers.*none with bfloat16"),
         (_quantised(scales=None), ArrayError, r"scales: are not those of the layers .got \[\]; expected \[12\]"),
         (_quantised(scales={13: random_scales(3)}), ArrayError, "scales: are not those of the layers"),

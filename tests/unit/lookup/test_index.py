@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 import sys
 
 import numpy as np
@@ -7,12 +8,13 @@ import pytest
 
 from megatron_graft.bank.arrays import ArrayError
 from megatron_graft.bank.extension import MODULE_NAME
+from megatron_graft.bank.reader import open_bank
 from megatron_graft.errors import BankFormatError, ConfigError, NativeExtensionError
 from megatron_graft.lookup.index import open_index
 from megatron_graft.lookup.native import NativeIndex
 from megatron_graft.lookup.reference import ReferenceIndex
 from megatron_graft.ngram.windows import longest_suffix
-from tests.helpers.banks import EOD
+from tests.helpers.banks import EOD, make_bank
 
 KEYS = [(1, 2), (2, 3), (2, 2), (1, 2, 3), (3, 1, 2, 3)]
 
@@ -181,3 +183,29 @@ def test_the_reference_refuses_a_bank_with_a_repeated_key(bank_of):
     bank.key_ids[1] = bank.key_ids[0]
     with pytest.raises(BankFormatError, match=r"keys\.safetensors: row [01] has a key"):
         open_index(bank, "reference")
+
+
+def test_arrays_that_are_not_aligned_are_refused(bank_of, implementation):
+    index = open_index(bank_of(KEYS), implementation)
+    tokens = np.zeros(25, np.uint8)[1:].view(np.int64).reshape(1, 3)
+    with pytest.raises(ArrayError, match="^tokens_BS: is not aligned"):
+        index.lookup(tokens, eod=EOD)
+
+
+@pytest.mark.parametrize("threads", [0, -1, 2000])
+def test_a_number_of_threads_that_cannot_be_had_is_refused(bank_of, threads):
+    with pytest.raises(ConfigError, match=f"^threads: is out of range .got {threads}; expected 1 to 1024"):
+        open_index(bank_of(KEYS), threads=threads)
+
+
+def test_the_index_of_another_bank_is_refused_even_if_the_bank_was_opened_without_it(bank_of):
+    bank, other = bank_of(KEYS), bank_of([(1, 3), (2, 1), (2, 2), (1, 2, 1), (3, 1, 2, 1)])
+    bank.index_path.write_bytes(other.index_path.read_bytes())
+    with pytest.raises(BankFormatError, match="is the index of another bank: its keys_sha256 differs"):
+        open_index(open_bank(bank.path, gather="reference"))
+
+
+def test_a_directory_may_have_any_name(tmp_path):
+    bank = make_bank(tmp_path / os.fsdecode(b"b\xff"), dict.fromkeys(KEYS, 1))
+    rows, _ = open_index(open_bank(bank.path, "full")).lookup(np.array([[1, 2]]), eod=EOD)
+    assert rows.tolist() == [[-1, bank.rows_of_keys()[(1, 2)]]]

@@ -86,8 +86,9 @@ def test_a_sequence_that_is_not_there_is_refused_and_changes_nothing(index, wron
     with pytest.raises(IndexError):
         state.reorder(np.array(wrong))
     assert state.sequences == 3
-    with pytest.raises(IndexError):
-        state.restart(3)
+    for sequence in (3, -1):
+        with pytest.raises(IndexError, match=f"sequence {sequence} of 3"):
+            state.restart(sequence)
 
 
 def test_outputs_are_reused_and_checked(index):
