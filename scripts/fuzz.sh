@@ -14,7 +14,7 @@ targets=(fuzz_open fuzz_lookup)
 export ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1
 mkdir -p build/fuzz
 # Files of a few kilobytes by the million: in memory if possible.
-scratch=$(mktemp -d -p "$([ -w /dev/shm ] && echo /dev/shm || echo "${TMPDIR:-/tmp}")" graft-fuzz-XXXXXX)
+scratch=$(mktemp -d -p "$([ -w /dev/shm ] && echo /dev/shm || echo "${TMPDIR:-/tmp}")")
 trap 'rm -rf "$scratch"' EXIT
 export TMPDIR=$scratch
 

@@ -12,6 +12,7 @@
 #include <span>
 #include <stdexcept>
 #include <string>
+#include <system_error>
 #include <utility>
 #include <vector>
 
@@ -20,6 +21,7 @@ namespace megatron_graft::testing {
 class ScratchDirectory {
   public:
     ScratchDirectory() {
+        // mkdtemp() puts a name of its own in place of the six letters.
         std::string name = (std::filesystem::temp_directory_path() / "graft-XXXXXX").string();
         if (::mkdtemp(name.data()) == nullptr) {
             throw std::runtime_error("cannot make " + name);

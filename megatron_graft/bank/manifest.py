@@ -245,6 +245,12 @@ class Manifest:
         """All files of the bank but the manifest itself."""
         return (*self.identity.files, self.index)
 
+    def digest_of_rows(self, num_rows: int) -> str:
+        """The digest of the bank's first ``num_rows`` rows opened as a bank; of all of them, it is :attr:`digest`."""
+        if num_rows == self.identity.num_rows:
+            return self.digest
+        return hashlib.sha256(canonical_json({"bank": self.digest, "rows": num_rows})).hexdigest()
+
     def to_json(self) -> dict[str, Any]:
         """The JSON object of this manifest."""
         return {

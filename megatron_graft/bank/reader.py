@@ -5,7 +5,6 @@ An open costs the same whatever the size of the bank. What its bytes hold is che
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -27,7 +26,6 @@ from megatron_graft.bank.rows import GatherImplementation, LayerRows, RowGathere
 from megatron_graft.bank.tensorfile import TensorEntry, map_tensor, read_header
 from megatron_graft.bank.verify import Depth, verify_full, verify_sample
 from megatron_graft.errors import BankError, BankFormatError, ConfigError, IdentityError
-from megatron_graft.files import canonical_json
 
 
 class Bank:
@@ -75,7 +73,7 @@ class Bank:
         identity = manifest.identity
         self.path, self.index_path = path, path / manifest.index.name
         self.manifest = manifest
-        self.digest = _digest_of(manifest, num_rows)
+        self.digest = manifest.digest_of_rows(num_rows)
         self.num_rows = num_rows
         self.row_dim = identity.row_dim
         self.orders = identity.orders
@@ -221,12 +219,6 @@ def check_size(directory: Path, file: FileIdentity) -> None:
             expected=f"{file.bytes} bytes",
             remedy=COPY_AGAIN,
         )
-
-
-def _digest_of(manifest: Manifest, num_rows: int) -> str:
-    if num_rows == manifest.identity.num_rows:
-        return manifest.digest
-    return hashlib.sha256(canonical_json({"bank": manifest.digest, "rows": num_rows})).hexdigest()
 
 
 def _reopen(path: Path, digest: str, num_rows: int, gather: GatherImplementation, threads: int) -> Bank:

@@ -108,8 +108,8 @@ def _bank(run: Run) -> dict[str, Any] | None:
     if run.bank is None:
         return None
     identity = run.bank.identity.to_json()
-    kept = ("num_rows", "row_dim", "row_dtype", "orders", "processing", "control", "donor")
-    return {"digest": run.bank.digest} | {name: identity[name] for name in kept}
+    kept = ("row_dim", "row_dtype", "orders", "processing", "control", "donor")
+    return {"digest": run.bank_digest, "num_rows": run.bank_rows} | {name: identity[name] for name in kept}
 
 
 def _tokenizer(run: Run) -> dict[str, Any]:
@@ -182,7 +182,7 @@ def _coverage(run: Run, orders: list[str]) -> dict[str, dict[str, float]]:
     if run.bank is None or not path.is_file():
         return {}
     coverage = read_json(path, "Delete it, or build the bank again.")
-    if coverage["bank"] != run.bank.digest:
+    if coverage["bank"] != run.bank_digest:
         return {}
     return {
         name: {"any": shares["hit_rate"]} | {order: shares["share_by_order"][order] for order in orders}

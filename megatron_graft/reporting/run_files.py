@@ -16,12 +16,13 @@ METRICS_FILE = "metrics.jsonl"
 EVALUATION_FILE = "evaluation.json"
 HELD_OUT = "heldout"
 
-# Megatron's flags that a report quotes, with the defaults that Megatron gives them.
+# The flags that a report quotes, Megatron's and ours, with their defaults.
 _WHOLE_NUMBERS = {
     "num-layers": None, "hidden-size": None, "ffn-hidden-size": None, "num-attention-heads": None,
     "num-experts": None, "moe-router-topk": None, "seq-length": None, "micro-batch-size": None,
     "global-batch-size": None, "train-iters": None, "seed": 1234, "tensor-model-parallel-size": 1,
     "pipeline-model-parallel-size": 1, "expert-model-parallel-size": 1,
+    "bank-rows": None,
 }  # fmt: skip
 _NUMBERS = ("lr", "min-lr")
 _SWITCHES = ("sequence-parallel", "use-distributed-optimizer", "bf16", "fp16")
@@ -39,7 +40,7 @@ class Run:
         flags: those of :data:`arguments` that a report quotes, by name with underscores.
         metrics: one record per step, ascending, each step once.
         evaluation: contents of ``evaluation.json``.
-        bank: manifest of its bank, or None for the stock model.
+        bank: manifest of its whole bank, or None for the stock model.
     """
 
     directory: Path
@@ -54,6 +55,18 @@ class Run:
     def name(self) -> str:
         """The run's name."""
         return self.directory.resolve().name
+
+    @property
+    def bank_rows(self) -> int:
+        """How many of its bank's rows the run used; 0 without a bank."""
+        if self.bank is None:
+            return 0
+        return int(self.flags["bank_rows"] or self.bank.identity.num_rows)
+
+    @property
+    def bank_digest(self) -> str | None:
+        """Digest of those rows as a bank; None without one."""
+        return None if self.bank is None else self.bank.digest_of_rows(self.bank_rows)
 
     @property
     def intervals(self) -> list[dict[str, Any]]:
@@ -91,12 +104,7 @@ def read_run(directory: Path) -> Run | None:
             expected=HELD_OUT, remedy=f"Evaluate the run with --data {HELD_OUT}=PREFIX.",
         )  # fmt: skip
     bank = read_manifest(Path(flags["graft_bank"])) if flags["graft_bank"] else None
-    if bank is not None and bank.digest != evaluation["memory"]["bank"]:
-        raise IdentityError(
-            flags["graft_bank"], f"is not the bank of the run {directory}", got=bank.digest,
-            expected=evaluation["memory"]["bank"], remedy="Put the run's bank back, or train with this one.",
-        )  # fmt: skip
-    return Run(
+    run = Run(
         directory=directory,
         arguments=arguments,
         flags=flags,
@@ -105,6 +113,12 @@ def read_run(directory: Path) -> Run | None:
         evaluation=evaluation,
         bank=bank,
     )
+    if bank is not None and run.bank_digest != evaluation["memory"]["bank"]:
+        raise IdentityError(
+            flags["graft_bank"], f"is not the bank of the run {directory}", got=run.bank_digest,
+            expected=evaluation["memory"]["bank"], remedy="Put the run's bank back, or train with this one.",
+        )  # fmt: skip
+    return run
 
 
 def read_json(path: Path, remedy: str) -> Any:

@@ -286,6 +286,33 @@ def test_without_a_bank_the_stock_model_is_trained_evaluated_and_reported(prepar
     assert losses[0] == with_memory[0] and losses[-1] != with_memory[-1]
 
 
+def test_packed_rows_a_prefix_a_node_copy_and_threads_train_and_are_evaluated(prepared: Job, tmp_path: Path) -> None:
+    packed, rows = tmp_path / "int8", NUM_ROWS // 2
+    command = [
+        sys.executable, REPOSITORY / "tools" / "build_bank.py", "--output", packed, "--row-dtype", "int8",
+        "--data-prefix", dataset_prefix(prepared.work / "data" / "train"), "--donor", prepared.donor,
+        "--tokenizer-model", prepared.work / "tokenizer" / "tokenizer.model",
+        "--num-rows", NUM_ROWS, "--donor-layers", DONOR_LAYER,
+    ]  # fmt: skip
+    built = subprocess.run([str(word) for word in command], capture_output=True, text=True)
+    assert built.returncode == 0, built.stderr
+    flags = ("--bank-rows", rows, "--bank-node-copy", tmp_path / "node", "--bank-lookup-threads", 2)
+    flags += ("--bank-huge-pages", "--graft-verify-bank", "full")
+    run_script(prepared, *flags, RUN_NAME="packed", GRAFT_BANK=str(packed)).ok()
+    whole, used = open_bank(packed), open_bank(packed, rows=rows)
+    assert whole.row_layout.dtype.name == "int8" and used.digest != whole.digest
+    assert (tmp_path / "node" / whole.digest / "index.qbt").is_file()
+    assert evaluation_of(prepared, "packed")["memory"]["bank"] == used.digest
+    report = report_of(prepared, "packed")["bank"]
+    assert (report["digest"], report["num_rows"]) == (used.digest, rows)
+    losses = [record["lm loss"] for record in read_records(prepared.run_directory("packed"))]
+    with_bank = [record["lm loss"] for record in read_records(prepared.run_directory("graft_moe"))]
+    assert len(losses) == STEPS and losses[0] == with_bank[0] and losses[-1] != with_bank[-1]
+    # The checkpoint belongs to these rows, not to all of the bank.
+    refused = run_script(prepared, *flags[2:], "--train-iters", STEPS + 1, RUN_NAME="packed", GRAFT_BANK=str(packed))
+    assert refused.code != 0 and used.digest in refused.output and whole.digest in refused.output
+
+
 def test_a_users_own_data_gets_a_bank_of_its_training_share(job: Job, tmp_path: Path) -> None:
     texts = make_documents(150, seed=3)
     text, tokenizer_file = tmp_path / "own.jsonl", small_byte_level(tmp_path / "tokenizer") / "tokenizer.json"
