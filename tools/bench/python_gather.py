@@ -12,9 +12,14 @@ import torch
 
 from megatron_graft.bank.reader import Bank
 
+_GATHERS_PER_ROUND = 8
+
 
 def measure_gather(path: Any, open_bank: Callable[..., Bank], rows_wanted: int, rounds: int) -> dict[str, Any]:
-    """Bytes a second (wall time) of gathering ``rows_wanted`` uniformly drawn rows, with one and with two threads."""
+    """Bytes a second (wall time) of gathering ``rows_wanted`` uniformly drawn rows, with one and with two threads.
+
+    The ratio is the median over pairs of gathers, one of each way, one after the other.
+    """
     result: dict[str, Any] = {"rows": rows_wanted}
     for threads in (1, 2):
         torch.set_num_threads(threads)
@@ -44,7 +49,7 @@ def _measure(bank: Bank, rows_wanted: int, rounds: int) -> dict[str, Any]:
         out[:] = 0
         gather()
         copies[name] = out.copy()
-    for _ in range(rounds):
+    for _ in range(_GATHERS_PER_ROUND * rounds):  # each takes some 15 ms, and machines change their pace
         for name, gather in ways.items():
             start = time.perf_counter()
             gather()
@@ -54,5 +59,5 @@ def _measure(bank: Bank, rows_wanted: int, rounds: int) -> dict[str, Any]:
         "row_bytes": bank.row_bytes,
         "mismatches": int((copies["bank"] != copies["index_select"]).sum()),
         **{f"{name}_gb_per_s": out.nbytes / taken / 1e9 for name, taken in medians.items()},
-        "ratio": medians["index_select"] / medians["bank"],
+        "ratio": float(np.median(np.divide(seconds["index_select"], seconds["bank"]))),
     }
