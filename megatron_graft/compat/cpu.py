@@ -9,7 +9,7 @@ this process; no file is touched. What is rebound, and why:
 * ``Tensor.type()`` answers with the CUDA spelling that Megatron's optimizers compare against;
 * torch's compiler stays off (``TORCHDYNAMO_DISABLE``): Megatron decorates functions with it, and it stumbles over the
   stand-ins;
-* ``dist.all_to_all_single`` accepts split sizes given as tensors (Megatron converts them only on CUDA).
+* some collectives of ``torch.distributed`` do what Megatron relies on NCCL for (:mod:`megatron_graft.compat.gloo`).
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
+from megatron_graft.compat.gloo import rebind_collectives
 from megatron_graft.errors import PlatformError
 
 _CPU = torch.device("cpu")
@@ -63,7 +63,7 @@ def install() -> bool:
     _rebind_cuda_generator()
     _rebind_factories()
     _rebind_tensor_methods()
-    _rebind_all_to_all()
+    rebind_collectives()
     _installed = True
     return True
 
@@ -236,23 +236,3 @@ def _to_on_cpu(original: Callable[..., Any]) -> Callable[..., Any]:
         return original(self, *args, **kwargs)
 
     return to
-
-
-def _rebind_all_to_all() -> None:
-    original = dist.all_to_all_single
-
-    def as_list(sizes: Any) -> Any:
-        return sizes.tolist() if hasattr(sizes, "tolist") else sizes
-
-    @functools.wraps(original)
-    def all_to_all_single(
-        output: torch.Tensor,
-        input: torch.Tensor,
-        output_split_sizes: Any = None,
-        input_split_sizes: Any = None,
-        *args: Any,
-        **kwargs: Any,
-    ) -> Any:
-        return original(output, input, as_list(output_split_sizes), as_list(input_split_sizes), *args, **kwargs)
-
-    dist.all_to_all_single = all_to_all_single
