@@ -1,9 +1,11 @@
-// The module megatron_graft._native: the only file that knows Python.
+// The module megatron_graft._native: with the other files named bindings, all that knows Python.
 //
 // Arrays are taken as they are: no argument is ever converted or copied to fit (noconvert, no forcecast), and
 // shape and writability are checked before a pointer leaves this file. The GIL is released around
 // whatever takes long. std::invalid_argument, std::length_error and FormatError become ValueError,
 // std::out_of_range IndexError, std::system_error OSError.
+
+#include "bindings.hpp"
 
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
@@ -36,6 +38,7 @@ namespace py = pybind11;
 
 namespace {
 
+using megatron_graft::Array;
 using megatron_graft::Body;
 using megatron_graft::body_named;
 using megatron_graft::ByteRange;
@@ -43,48 +46,19 @@ using megatron_graft::IndexHeader;
 using megatron_graft::MappedFile;
 using megatron_graft::Matches;
 using megatron_graft::Pages;
+using megatron_graft::require;
+using megatron_graft::require_aligned;
+using megatron_graft::require_same_shape;
 using megatron_graft::RowGatherer;
 using megatron_graft::RowLayer;
 using megatron_graft::SuffixIndex;
 using megatron_graft::SuffixState;
 using megatron_graft::ThreadPool;
+using megatron_graft::view;
+using megatron_graft::writable_view;
 
 // Raised whenever a signature below changes; megatron_graft/bank/extension.py expects this very number.
-constexpr int kInterfaceVersion = 2;
-
-template <typename Element>
-using Array = py::array_t<Element, py::array::c_style>;
-
-void require(bool condition, const std::string& message) {
-    if (!condition) {
-        throw std::invalid_argument(message);
-    }
-}
-
-void require_same_shape(const py::array& left, const py::array& right, const std::string& message) {
-    require(
-        left.ndim() == right.ndim() && std::equal(left.shape(), left.shape() + left.ndim(), right.shape()),
-        message);
-}
-
-template <typename Element>
-void require_aligned(const Element* data) {
-    require(reinterpret_cast<std::uintptr_t>(data) % alignof(Element) == 0,
-            "an array is not aligned to its elements");
-}
-
-template <typename Element>
-std::span<const Element> view(const Array<Element>& array) {
-    require_aligned(array.data());
-    return {array.data(), static_cast<std::size_t>(array.size())};
-}
-
-template <typename Element>
-std::span<Element> writable_view(Array<Element>& array, const std::string& name) {
-    require(array.writeable(), name + " is read-only");
-    require_aligned(array.data());
-    return {array.mutable_data(), static_cast<std::size_t>(array.size())};
-}
+constexpr int kInterfaceVersion = 3;
 
 Pages pages_named(const std::string& name) {
     require(name == "file" || name == "huge", "there are no pages " + name);
@@ -375,6 +349,7 @@ PYBIND11_MODULE(_native, module) {
     module.attr("INTERFACE_VERSION") = kInterfaceVersion;
     define_errors();
     define_index(module);
+    megatron_graft::define_hashing(module);
 
     py::class_<ArrayRowGatherer>(module, "RowGatherer",
                                  "The rows of a bank, ready to be copied; thread-safe.")

@@ -26,6 +26,11 @@ class PieceTable:
         self.num_bytes = np.array([len(piece or b"") for piece in bytes_of_ids], dtype=np.int32)
         self.num_bytes.flags.writeable = False
 
+    def decoded(self, token: int) -> str | None:
+        """One id's own text with U+FFFD for a broken character, or None if it stands for no text."""
+        piece = self._bytes_of_ids[token]
+        return None if piece is None else piece.decode("utf-8", errors="replace")
+
     def text(self, ids: Sequence[int]) -> str | None:
         """The ids' own text with its leading space, or None if it is no valid text."""
         pieces = []

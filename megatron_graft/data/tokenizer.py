@@ -63,6 +63,14 @@ class TextTokenizer(Protocol):
         """The ids' own text, leading space kept; None if they hold a special token or a broken character."""
         ...
 
+    def token_text(self, token: int) -> str:
+        """One id of ``0 .. vocab_size - 1`` decoded alone: special tokens by name, U+FFFD for broken characters."""
+        ...
+
+    def token_string(self, token: int) -> str:
+        """One id of ``0 .. vocab_size - 1`` as the vocabulary spells it; "" for an id that it leaves out."""
+        ...
+
 
 class _LoadedTokenizer:
     """What both kinds share: identity and the piece table."""
@@ -104,12 +112,27 @@ class SentencePieceTokenizer(_LoadedTokenizer):
                 remedy="Train one with tools/train_tokenizer.py.",
             )
         super().__init__(path, processor.get_piece_size(), eod, sentencepiece_table(processor))
-        self._encode = processor.encode_as_ids
+        self._processor = processor
 
     def encode(self, text: str) -> list[int]:
         """Ids of ``text``, as ``SentencePieceProcessor.encode_as_ids`` gives them."""
-        ids: list[int] = self._encode(text)
+        ids: list[int] = self._processor.encode_as_ids(text)
         return ids
+
+    def token_text(self, token: int) -> str:
+        """The piece with its leading space; a byte piece's character, U+FFFD from 0x80 on; special tokens by name.
+
+        Why not ``SentencePieceProcessor.decode``: it drops the leading space, so the lone space would have no
+        text, and it gives all control pieces the same one, "". The wrappers of transformers differ in the
+        space from version to version. Once a text is stripped, only the lone space tells them apart.
+        """
+        text = self._pieces.decoded(token)
+        return self.token_string(token) if text is None else text
+
+    def token_string(self, token: int) -> str:
+        """The piece as the model holds it: "\u2581" for a space, "<0x0A>" for a byte."""
+        piece: str = self._processor.id_to_piece(token)
+        return piece
 
 
 class HuggingFaceTokenizer(_LoadedTokenizer):
@@ -139,6 +162,20 @@ class HuggingFaceTokenizer(_LoadedTokenizer):
         """Ids of ``text`` with the special tokens that the file's post-processor adds, as in Megatron."""
         ids: list[int] = self._tokenizer.encode(text, add_special_tokens=True).ids
         return ids
+
+    def token_text(self, token: int) -> str:
+        """What the file's own decoder makes of the id: what transformers' ``decode([token])`` gives for the file.
+
+        Two settings of ``tokenizer_config.json`` have no part in it: ``clean_up_tokenization_spaces``, which
+        transformers 5 ignores for BPE vocabularies, and a ``tokenizer_class`` that brings another decoder.
+        """
+        text: str = self._tokenizer.decode([token], skip_special_tokens=False)
+        return text
+
+    def token_string(self, token: int) -> str:
+        """The id's entry in the vocabulary or among the added tokens."""
+        piece: str | None = self._tokenizer.id_to_token(token)
+        return piece or ""
 
 
 def load_tokenizer(path: Path | str) -> TextTokenizer:
