@@ -15,8 +15,10 @@
 #   TEXT, FOREIGN     or: your own .txt/.jsonl files, space-separated, in place of the default corpus
 #   TOKENIZER_MODEL   SentencePiece .model or Hugging Face tokenizer.json
 #   TOKENIZER_VOCAB_SIZE   ids of the tokenizer trained where none is given (default 8192; little text bears fewer)
-#   GRAFT_BANK        a bank directory; "none" trains the stock model
-#   GRAFT_LAYERS      layers that get a memory site (default "2 3")
+#   GRAFT_BANK        a bank directory; "none" trains without one (several: append --graft-bank A B)
+#   GRAFT_LAYERS      layers whose memory site reads a bank (default "2 3")
+#   ENGRAM_LAYERS     layers whose memory site reads a trainable table of hashed n-grams (default: none)
+#   ENGRAM_VOCAB_SIZE, ENGRAM_DIM   rows of each of its 16 heads, elements of each of its two orders (default 9973, 288)
 #   NUM_EXPERTS       experts per layer (default 4); 0 trains the dense model
 #   DONOR             packaged donor's name or a local causal-LM directory, for building the bank
 #   BANK_ARGUMENTS    further flags for tools/build_bank.py
@@ -30,6 +32,7 @@ RUN_DIR="${RUNS_DIR:-runs}/${RUN_NAME}"
 WORK_DIR="${WORK_DIR:-work}"
 GRAFT_BANK="${GRAFT_BANK:-}"
 read -ra GRAFT_LAYERS <<< "${GRAFT_LAYERS:-2 3}"
+read -ra ENGRAM_LAYERS <<< "${ENGRAM_LAYERS:-}"
 RUN_COMMAND="${RUN_COMMAND:-bash examples/pretrain_graft_moe.sh${*:+ $*}}" # for the report
 DEVICE="${DEVICE:-$(nvidia-smi -L > /dev/null 2>&1 && echo cuda || echo cpu)}"
 
@@ -111,6 +114,10 @@ MEMORY_ARGS=()
 if [ "${GRAFT_BANK}" != none ]; then
     MEMORY_ARGS=(--graft-bank "${GRAFT_BANK:-${WORK_DIR}/bank}" --graft-layers "${GRAFT_LAYERS[@]}")
 fi
+if [ ${#ENGRAM_LAYERS[@]} -gt 0 ]; then
+    MEMORY_ARGS+=(--engram-layers "${ENGRAM_LAYERS[@]}")
+    MEMORY_ARGS+=(--engram-vocab-size "${ENGRAM_VOCAB_SIZE:-9973}" --engram-dim "${ENGRAM_DIM:-288}")
+fi
 
 # ---------------------------------------------------------------- training
 TRAINING_ARGS=(
@@ -140,6 +147,7 @@ CHECKPOINT_ARGS=(
     --load "${RUN_DIR}/checkpoints"
     --save-interval 125
     --ckpt-format torch_dist
+    --dist-ckpt-optim-fully-reshardable # so that another layout can go on from them
     --exit-signal-handler
 )
 

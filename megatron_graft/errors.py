@@ -100,3 +100,7 @@ class BankVersionError(BankError):
 
 class IdentityError(GraftError):
     """Two artefacts that must belong together (tokenizer, data, bank, checkpoint) do not."""
+
+
+class VerificationError(GraftError):
+    """What a step read from memory is not what the reference path finds there."""

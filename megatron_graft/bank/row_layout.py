@@ -62,7 +62,7 @@ class RowLayout:
 
     Attributes:
         dtype: of the elements.
-        widths: elements of a row from each donor layer, in column order.
+        widths: elements of a row from each donor layer, in column order; of a slice, some may be 0.
     """
 
     dtype: RowDtype
@@ -89,6 +89,17 @@ class RowLayout:
         """Bytes of a gathered row, or of its elements ``columns[0]`` to ``columns[1]`` and all its scales."""
         first, end = self.check_columns(columns)
         return self._scales_at(end - first) + (WORD_BYTES * len(self.widths) if self.dtype.scaled else 0)
+
+    def sliced(self, columns: Columns) -> RowLayout:
+        """The layout of rows gathered with ``columns``: all scales come along, a donor layer may be left without width.
+
+        Raises:
+            ArrayError: they are no columns of a row.
+        """
+        self.check_columns(columns)
+        size = self.dtype.element_bytes
+        widths = tuple((end - first) // size for first, end in self.byte_ranges(columns))
+        return RowLayout(dtype=self.dtype, widths=widths)
 
     def byte_ranges(self, columns: Columns | None = None) -> list[tuple[int, int]]:
         """For every donor layer, from where to where (in bytes) its stored row is wanted."""

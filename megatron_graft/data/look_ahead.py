@@ -16,10 +16,9 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 
-from megatron_graft.data.memory_fetcher import Fetched, MemoryFetcher
+from megatron_graft.data.memory_fetcher import FetchCounts, Fetched, MemoryFetcher
 from megatron_graft.data.transfer import Transfer
 
 Batch = dict[str, Any]
@@ -32,15 +31,13 @@ class LookAheadStatistics:
     """Sums since the last :meth:`LookAhead.drain_statistics`.
 
     Attributes:
-        order_counts: int64 ``[max_order + 1]``, positions by length of their match (entry 0: misses).
-        unique_rows: rows gathered after removing duplicates within a micro-batch.
+        counts: of what was fetched; without content on a rank that owns no site.
         stall_seconds: time the training thread waited for a micro-batch.
-        fetch_seconds: time the look-ahead thread spent on lookup and gather.
+        fetch_seconds: time the look-ahead thread spent on lookup, hashing and gather.
         micro_batches: number consumed.
     """
 
-    order_counts: np.ndarray
-    unique_rows: int = 0
+    counts: FetchCounts
     stall_seconds: float = 0.0
     fetch_seconds: float = 0.0
     micro_batches: int = 0
@@ -62,8 +59,7 @@ class LookAhead:
         self.statistics = self._fresh_statistics()
 
     def _fresh_statistics(self) -> LookAheadStatistics:
-        orders = self.fetcher.bank.max_order if self.fetcher else 0
-        return LookAheadStatistics(order_counts=np.zeros(orders + 1, dtype=np.int64))
+        return LookAheadStatistics(counts=self.fetcher.no_counts() if self.fetcher else FetchCounts())
 
     def drain_statistics(self) -> LookAheadStatistics:
         """Return the statistics and start new ones."""
@@ -102,20 +98,23 @@ class LookAhead:
         statistics.micro_batches += 1
         if prepared is not None:
             _, fetched = prepared
-            statistics.order_counts += fetched.order_counts
-            statistics.unique_rows += fetched.unique_rows
+            statistics.counts.add(fetched.counts)
             statistics.fetch_seconds += fetched.seconds
 
-    def take(self, batch: Batch) -> torch.Tensor | None:
-        """The packed memory of a batch that a stream yielded, on the device; None on a rank without sites.
+    def take(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """The memory of a batch that a stream yielded; None on a rank without sites.
+
+        Returns:
+            ``packed`` on the device and ``exchange`` on the host, as in
+            :class:`~megatron_graft.data.microbatch.MicroBatchMemory`.
 
         Taking twice (a replayed step) fetches again.
         """
         if self.fetcher is None:
             return None
         held = self._tickets.pop(batch[SEQUENCE_NUMBER], None)
-        ticket, _ = held if held is not None else self._fetch(batch)  # type: ignore[misc]
-        return self.transfer.finish(ticket)
+        ticket, fetched = held if held is not None else self._fetch(batch)  # type: ignore[misc]
+        return self.transfer.finish(ticket), fetched.memory.exchange
 
 
 class _End:

@@ -1,119 +1,199 @@
-"""Token ids of one micro-batch -> the packed memory that its sites will read: lookup, duplicate removal, gather.
+"""Token ids of one micro-batch -> the packed memory that its sites read: lookup, hashing, duplicate removal, gather.
 
-Shapes: B sequences, S positions of the whole sequence, s positions of this rank's slice.
+Shapes: B sequences, S positions of the whole sequence, s positions of this rank, h heads that a rank reads.
+
+Every rank sees the whole sequences, so each knows which rows of its share of a trainable table every other rank will
+ask for. No row number is ever sent, and the sizes of the exchange are known on the host before the step begins.
 """
 
 from __future__ import annotations
 
 import threading
 import time
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
 
 import numpy as np
 import torch
 
 from megatron_graft.bank.reader import Bank
 from megatron_graft.bank.unique import unique_rows
+from megatron_graft.data.memory_layout import EngramRows, MemoryLayout
 from megatron_graft.data.microbatch import MicroBatchMemory
+from megatron_graft.lookup.hashing import NgramHasher
 from megatron_graft.lookup.index import SuffixIndex
 from megatron_graft.ngram.windows import positions_in_document
 
 
-@dataclass(frozen=True, kw_only=True)
-class SequenceSlice:
-    """Which of ``parts`` even slices of the sequence a rank works on (sequence parallelism), in rank order."""
+@dataclass
+class FetchCounts:
+    """What was counted while fetching; sums over micro-batches.
 
-    part: int = 0
-    parts: int = 1
+    Attributes:
+        orders: for each bank of the run int64 ``[max_order + 1]``, this rank's positions by length of their match
+            (entry 0: misses); all zero for a bank that the rank does not read.
+        graft_rows: distinct bank rows gathered.
+        engram_requests: rows of hashed tables that this rank's positions read.
+        engram_rows: distinct ones among them, within each micro-batch and table.
+    """
 
-    def of(self, array_BS: np.ndarray) -> np.ndarray:
-        """This rank's ``[B, s]`` of an array ``[B, S]``."""
-        length = array_BS.shape[1] // self.parts
-        return array_BS[:, self.part * length : (self.part + 1) * length]
+    orders: tuple[np.ndarray, ...] = ()
+    graft_rows: int = 0
+    engram_requests: int = 0
+    engram_rows: int = 0
+
+    def add(self, other: FetchCounts) -> None:
+        """Add the counts of another micro-batch of the same run."""
+        for mine, its in zip(self.orders, other.orders, strict=True):
+            mine += its
+        self.graft_rows += other.graft_rows
+        self.engram_requests += other.engram_requests
+        self.engram_rows += other.engram_rows
 
 
 @dataclass(frozen=True)
 class Fetched:
-    """A micro-batch's memory and what was counted on the way.
-
-    Attributes:
-        memory: host-side memory.
-        order_counts: int64 ``[max_order + 1]``, positions by length of their match; entry 0 counts misses.
-        unique_rows: number of distinct rows gathered.
-        seconds: time it took.
-    """
+    """A micro-batch's memory, host side; what was counted; and the seconds it took."""
 
     memory: MicroBatchMemory
-    order_counts: np.ndarray
-    unique_rows: int
+    counts: FetchCounts
     seconds: float
 
 
+@dataclass(frozen=True, kw_only=True)
+class MemorySources:
+    """Where memory comes from.
+
+    Attributes:
+        banks: the run's banks, each with its suffix index.
+        hashers: by layer number; at least those of the layout's tables.
+        eod: id of the end-of-document token, or None.
+        implementation: of duplicate removal: the compiled extension or NumPy. Banks, indexes and hashers have theirs.
+    """
+
+    banks: Sequence[tuple[Bank, SuffixIndex]] = ()
+    hashers: Mapping[int, NgramHasher] = field(default_factory=dict)
+    eod: int | None = None
+    implementation: Literal["native", "reference"] = "native"
+
+
 class _Scratch(threading.local):
-    """One thread's buffers, kept from call to call; made anew only for a micro-batch of another shape."""
+    """One thread's buffers by name, kept from call to call; made anew only for another shape."""
 
     def __init__(self) -> None:
-        self._shapes: tuple[tuple[int, ...], tuple[int, ...]] | None = None
+        self._buffers: dict[str, np.ndarray] = {}
 
-    def fit(self, whole: tuple[int, ...], slice_: tuple[int, ...]) -> _Scratch:
-        """Have ``rows_BS`` and ``orders_BS`` of shape ``whole``, and the other three of shape ``slice_``."""
-        if self._shapes != (whole, slice_):
-            self.rows_BS = np.empty(whole, dtype=np.int64)
-            self.orders_BS = np.empty(whole, dtype=np.uint8)
-            self.rows_Bs = np.empty(slice_, dtype=np.int64)
-            self.unique_Bs = np.empty(slice_, dtype=np.int64)
-            self.equal_Bs = np.empty(slice_, dtype=np.bool_)
-            self._shapes = (whole, slice_)
-        return self
+    def get(self, name: str, shape: tuple[int, ...], dtype: type[np.generic]) -> np.ndarray:
+        buffer = self._buffers.get(name)
+        if buffer is None or buffer.shape != shape:
+            buffer = self._buffers[name] = np.empty(shape, dtype=dtype)
+        return buffer
 
 
 class MemoryFetcher:
-    """Looks up, removes duplicates, gathers. Any number of threads may use it at once.
+    """Looks up, hashes, removes duplicates, gathers. Any number of threads may use it at once.
 
     What it returns is fresh memory; between calls it keeps scratch only, each thread its own.
 
     Args:
-        bank: the open bank.
-        index: its suffix index.
-        sequence_slice: the positions that this rank's sites work on.
+        sources: where memory comes from.
+        layout: what the sites of this rank read.
         pin: allocate page-locked memory, for an asynchronous copy to a CUDA device.
     """
 
-    def __init__(self, bank: Bank, index: SuffixIndex, sequence_slice: SequenceSlice, *, pin: bool = False) -> None:
-        self.bank, self.index, self.slice, self.pin = bank, index, sequence_slice, pin
+    def __init__(self, sources: MemorySources, layout: MemoryLayout, *, pin: bool = False) -> None:
+        self.sources, self.layout, self.pin = sources, layout, pin
         self._scratch = _Scratch()
+        self._bounds = [layout.partition.table_bounds(engram.reading.num_rows) for engram in layout.engrams]
+
+    def no_counts(self) -> FetchCounts:
+        """Counts of nothing, to add to."""
+        return FetchCounts(orders=tuple(np.zeros(bank.max_order + 1, np.int64) for bank, _ in self.sources.banks))
 
     def fetch(self, tokens_BS: torch.Tensor, sequence_number: int) -> Fetched:
         """The memory of one micro-batch.
 
         Args:
-            tokens_BS: int64 ``[B, S]`` token ids of whole sequences: the slice is taken *after* the lookup, so an
-                n-gram may begin before it.
+            tokens_BS: int64 ``[B, S]`` token ids of whole sequences: a rank's positions are taken *after* lookup and
+                hashing, so an n-gram may begin before them.
             sequence_number: number of the micro-batch, kept in the memory's header.
         """
         started = time.perf_counter()
         tokens = np.ascontiguousarray(tokens_BS.numpy())
-        sequences, positions = self.slice.of(tokens).shape
-        scratch = self._scratch.fit(tokens.shape, (sequences, positions))
-        self.index.lookup(tokens, eod=self.bank.eod, rows_out=scratch.rows_BS, orders_out=scratch.orders_BS)
-        memory = MicroBatchMemory.allocate(sequence_number, sequences, positions, self.bank.row_layout, pin=self.pin)
-        memory.position_BS.numpy()[:] = self.slice.of(positions_in_document(tokens, self.bank.eod))
-        memory.order_BS.numpy()[:] = self.slice.of(scratch.orders_BS)
-        found = self._gather(scratch, memory)
-        counts = self._count_orders(memory.order_BS.numpy(), scratch.equal_Bs)
-        return Fetched(memory, counts, found, time.perf_counter() - started)
+        mine = self.layout.partition.positions(tokens.shape[1])
+        memory = MicroBatchMemory.allocate(
+            self.layout, sequence_number, len(tokens), mine.stop - mine.start, pin=self.pin
+        )
+        memory.position_BS.numpy()[:] = positions_in_document(tokens, self.sources.eod)[:, mine]
+        counts = self.no_counts()
+        orders_of = {bank: self._look_up(bank, tokens, memory, counts) for bank in self.layout.banks}
+        for number, engram in enumerate(self.layout.engrams):
+            skip_BS = None if engram.skip_hits_of is None else orders_of[engram.skip_hits_of] > 0
+            self._request(number, engram, tokens, skip_BS, memory, counts)
+        return Fetched(memory, counts, time.perf_counter() - started)
 
-    def _gather(self, scratch: _Scratch, memory: MicroBatchMemory) -> int:
-        """Fill the rows and the inverse of a memory; return how many distinct rows there are."""
-        np.copyto(scratch.rows_Bs, self.slice.of(scratch.rows_BS))
-        unique, inverse = scratch.unique_Bs.reshape(-1), memory.inverse_BS.numpy().reshape(-1)
-        found = unique_rows(scratch.rows_Bs.reshape(-1), unique, inverse, self.bank.gather_implementation)
-        self.bank.gather(unique[:found], memory.rows_PR.numpy()[1 : 1 + found])
-        memory.header[5] = 1 + found
-        return found
+    def _look_up(self, number: int, tokens: np.ndarray, memory: MicroBatchMemory, counts: FetchCounts) -> np.ndarray:
+        """Fill everything that comes from one bank; return the orders ``[B, S]`` of whole sequences."""
+        bank, index = self.sources.banks[number]
+        mine = self.layout.partition.positions(tokens.shape[1])
+        rows_BS = self._scratch.get("rows", tokens.shape, np.int64)
+        orders_BS = self._scratch.get(f"orders.{number}", tokens.shape, np.uint8)
+        index.lookup(tokens, eod=self.sources.eod, rows_out=rows_BS, orders_out=orders_BS)
+        memory.order_BS(number).numpy()[:] = orders_BS[:, mine]
+        counts.orders[number][:] = _count_orders(memory.order_BS(number).numpy(), bank.max_order)
+        rows = self._flat("rows.mine", rows_BS[:, mine])
+        unique = self._scratch.get("unique", rows.shape, np.int64)
+        inverse = memory.inverse_BS(number).numpy().reshape(-1)
+        found = unique_rows(rows, unique, inverse, self.sources.implementation)
+        for graft, slice_ in enumerate(self.layout.grafts):
+            if slice_.bank == number:
+                bank.gather(unique[:found], memory.rows_PR(graft).numpy()[1 : 1 + found], slice_.columns)
+                memory.set_used(f"rows.{graft}", 1 + found)
+        counts.graft_rows += found
+        return orders_BS
 
-    def _count_orders(self, orders_Bs: np.ndarray, equal_Bs: np.ndarray) -> np.ndarray:
-        counts = np.empty(self.bank.max_order + 1, dtype=np.int64)
-        for order in range(len(counts)):
-            counts[order] = np.count_nonzero(np.equal(orders_Bs, order, out=equal_Bs))
-        return counts
+    def _request(
+        self,
+        number: int,
+        engram: EngramRows,
+        tokens: np.ndarray,
+        skip_BS: np.ndarray | None,
+        memory: MicroBatchMemory,
+        counts: FetchCounts,
+    ) -> None:
+        """Fill everything of one hashed table: what each rank asks of this one, and where this rank's rows will be."""
+        hasher = self.sources.hashers[engram.layer_number]
+        rows_BSK = self._scratch.get("hashed", (*tokens.shape, engram.reading.num_heads), np.int64)
+        hasher.rows(tokens, rows_out=rows_BSK)
+        if skip_BS is not None:
+            rows_BSK[skip_BS] = -1
+        partition, bounds = self.layout.partition, self._bounds[number]
+        requests, sent = memory.requests(number).numpy(), 0
+        for rank in range(partition.size):
+            heads = slice(*partition.heads(engram.reading.num_heads, rank))
+            wanted = self._flat(f"wanted.{rank}", rows_BSK[:, partition.positions(tokens.shape[1], rank), heads])
+            unique = self._scratch.get(f"wanted.unique.{rank}", wanted.shape, np.int64)
+            inverse = self._scratch.get(f"wanted.inverse.{rank}", wanted.shape, np.int32)
+            found = unique_rows(wanted, unique, inverse, self.sources.implementation)
+            places = np.searchsorted(unique[:found], bounds)
+            low, high = (int(place) for place in places[partition.rank : partition.rank + 2])
+            requests[sent : sent + high - low] = unique[low:high] - bounds[partition.rank]
+            sent += high - low
+            memory.exchange[number, 0, rank] = high - low
+            if rank == partition.rank:
+                memory.reads_BSh(number).numpy().reshape(-1)[:] = inverse
+                memory.exchange[number, 1] = torch.from_numpy(np.diff(places))
+                counts.engram_requests += int(np.count_nonzero(inverse))
+                counts.engram_rows += found
+        memory.set_used(f"requests.{number}", sent)
+
+    def _flat(self, name: str, array: np.ndarray) -> np.ndarray:
+        """A contiguous one-dimensional copy of an int64 array."""
+        copy = self._scratch.get(name, array.shape, np.int64)
+        np.copyto(copy, array)
+        return copy.reshape(-1)
+
+
+def _count_orders(orders_BS: np.ndarray, max_order: int) -> np.ndarray:
+    return np.bincount(orders_BS.reshape(-1), minlength=max_order + 1)

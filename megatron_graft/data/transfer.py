@@ -39,9 +39,9 @@ class HostTransfer:
 class CudaTransfer:
     """Copies on a stream of its own; the training stream waits on an event, the host never does.
 
-    Only the used front of the tensor is copied. The page-locked source comes from torch's caching host allocator, which
-    does not hand it out again before the copy has ended; the device tensor lives as long as autograd or a recomputed
-    block refers to it.
+    Only the used parts of the tensor are copied. The page-locked source comes from torch's caching host allocator,
+    which does not hand it out again before the copy has ended; the device tensor lives as long as autograd or a
+    recomputed block refers to it.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -50,10 +50,10 @@ class CudaTransfer:
 
     def start(self, memory: MicroBatchMemory) -> tuple[torch.Tensor, torch.cuda.Event]:
         """Enqueue the copy; return the device tensor and the event that marks its end."""
-        used = memory.used_bytes()
         with torch.cuda.device(self.device), torch.cuda.stream(self.stream):
             on_device = torch.empty(memory.packed.numel(), dtype=torch.uint8, device=self.device)
-            on_device[:used].copy_(memory.packed[:used], non_blocking=True)
+            for first, end in memory.used_ranges():
+                on_device[first:end].copy_(memory.packed[first:end], non_blocking=True)
             done = torch.cuda.Event()
             done.record(self.stream)
         return on_device, done

@@ -1,7 +1,8 @@
 """A transformer layer with a memory site before its attention.
 
-The micro-batch's memory arrives through ``context``, the argument that Megatron's block hands unchanged to every layer
-of a decoder-only model, saves as an input of recomputed blocks, and otherwise uses for cross-attention alone.
+The micro-batch's memory arrives through ``context`` and, what stays on the host, ``context_mask``: the arguments that
+Megatron's block hands unchanged to every layer of a decoder-only model, saves as inputs of recomputed blocks, and
+otherwise uses for cross-attention alone.
 
 Checkpoint keys: the backbone keeps the stock keys, in which all layers share one name and are told apart by an offset.
 A site belongs to one layer, so it is saved without that offset as ``...memory_<layer_number>.<parameter>``; a stock
@@ -17,6 +18,7 @@ import torch
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from megatron.core.transformer.transformer_layer import TransformerLayer
 
+from megatron_graft.data.memory_layout import MemoryLayout
 from megatron_graft.memory.site import MemorySite, SiteConfig
 
 _NAME = "memory"
@@ -27,21 +29,32 @@ class MemoryLayerMixin:
 
     memory: MemorySite
 
-    def __init__(self, *args: Any, site: SiteConfig, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, site: SiteConfig, layout: MemoryLayout, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.memory = MemorySite(self.config, site, self.layer_number, self.tp_group)  # type: ignore[attr-defined]
+        if self.layer_number != site.reading.layer_number:  # type: ignore[attr-defined]
+            raise RuntimeError(f"the site of layer {site.reading.layer_number} was put into another layer")
+        self.memory = MemorySite(self.config, site, layout, self.tp_group)  # type: ignore[attr-defined]
 
     def forward(
-        self, hidden_states: torch.Tensor, *args: Any, context: torch.Tensor | None = None, **kwargs: Any
+        self,
+        hidden_states: torch.Tensor,
+        *args: Any,
+        context: torch.Tensor | None = None,
+        context_mask: torch.Tensor | None = None,
+        **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """The stock layer on hidden states ``[s, b, h]`` to which the site has added the memory in ``context``."""
-        if context is None and not self.memory.bypassed:
+        """The stock layer on hidden states ``[s, b, h]`` to which the site has added the micro-batch's memory.
+
+        ``context`` and ``context_mask`` are ``packed`` and ``exchange`` of a
+        :class:`~megatron_graft.data.microbatch.MicroBatchMemory`.
+        """
+        if context is not None and context_mask is not None:
+            hidden_states = self.memory(hidden_states, context, context_mask)
+        elif not self.memory.bypassed:
             raise RuntimeError(
                 f"layer {self.memory.layer_number} has a memory site but the micro-batch brought no memory; pass "
-                "extra_block_kwargs={'context': memory.packed} or bypass the site"
+                "extra_block_kwargs={'context': memory.packed, 'context_mask': memory.exchange} or bypass the site"
             )
-        if context is not None:
-            hidden_states = self.memory(hidden_states, context)
         output, _ = super().forward(hidden_states, *args, context=None, **kwargs)  # type: ignore[misc]
         return output, context
 
@@ -63,5 +76,5 @@ class MemoryLayerMixin:
 
 @functools.cache
 def with_memory_site(layer_class: type[TransformerLayer]) -> type[TransformerLayer]:
-    """The given layer class with a memory site; its constructor takes one more keyword, ``site``."""
+    """The given layer class with a memory site; its constructor takes two more keywords, ``site`` and ``layout``."""
     return type(f"Memory{layer_class.__name__}", (MemoryLayerMixin, layer_class), {})

@@ -1,34 +1,44 @@
-"""One memory site: reads the rows of a frozen bank and adds what it makes of them to the residual stream.
+"""One memory site: reads its memories for a micro-batch and adds what it makes of them to the residual stream.
 
-Memory Grafting (arXiv 2605.20948), reading of its section 3, with the gate of Engram (arXiv 2601.07372, section 2.3).
-For position t with hidden state h and bank row m (frozen, centred and RMS-normalised when the bank was built)::
+Memory Grafting (arXiv 2605.20948), reading of its section 3, with gate and convolution of Engram (arXiv 2601.07372,
+sections 2.3 and 2.4). For position t with hidden state h, bank row m (frozen, zero at a miss) and hashed rows e::
 
-    k = W_K m        v = W_V m
-    a = sigmoid( <RMSNorm(k), RMSNorm(h)> / sqrt(H) )
+    k = W_K m + W'_K e        v = W_V m + W'_V e
+    a = sigmoid( <RMSNorm(k), RMSNorm(h)> / sqrt(H) )       on request of sign(x) sqrt(|x|) of that product x
     u = a v
     h <- h + u + SiLU( CausalDepthwiseConv( RMSNorm(u) ) )
 
-At a miss m is zero, and with no bias anywhere so are k, v and u: the site adds exactly nothing (the convolution may
-still carry earlier hits of the same document). ``W_V`` and the convolution kernel start at zero, and nothing else
-does, so a model with sites equals the stock model bit for bit before its first step.
+A site reads a bank, a table, or both; with both, the table is read everywhere ("sum") or only where the bank has no
+match ("exclusive", as in Memory Grafting: there e is zero at a hit).
 
-Shapes: S positions of this rank, B sequences, H hidden size, D width of a row, K kernel width.
+Where nothing is read m and e are zero, and with no bias anywhere so are k, v and u: the site adds exactly nothing (the
+convolution may still carry what was read before in the same document). ``W_V``, ``W'_V`` and the convolution kernel
+start at zero, so a model with sites equals the stock model bit for bit before its first step.
+
+Shapes: S positions of this rank, B sequences, H hidden size.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
+from megatron.core.tensor_parallel.mappings import reduce_from_tensor_model_parallel_region
 from megatron.core.transformer.module import MegatronModule
-from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 
-from megatron_graft.bank.row_layout import RowLayout
+from megatron_graft.data.memory_layout import MemoryLayout, SiteReading
 from megatron_graft.data.microbatch import MicroBatchMemory
 from megatron_graft.memory.convolution import causal_depthwise_convolution
-from megatron_graft.memory.initialisation import site_generator
+from megatron_graft.memory.initialisation import SiteSeed, site_parameter
+from megatron_graft.memory.reader import EngramReader, GraftReader, RowReader
+from megatron_graft.memory.sharding import sharded_whole
+from megatron_graft.memory.statistics import SiteStatistics
+
+Gate = Literal["plain", "signed-sqrt"]
+
+_SMALLEST_LOGIT = 1e-6  # below it the square root's slope would grow without bound; as in the published code
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,67 +46,62 @@ class SiteConfig:
     """What a site is, beyond the model's own configuration.
 
     Attributes:
-        row_layout: of the bank's rows, which have D elements.
-        conv_kernel: K, number of convolution taps; 0 leaves the convolution out.
+        reading: what it reads.
+        gate: the logit as it is, or its signed square root.
+        conv_kernel: number of convolution taps; 0 leaves the convolution out.
         conv_dilation: distance between taps, in positions.
-        seed: seed of the sites' own parameter generator.
-        init_std: standard deviation of W_K at the start.
+        seed: seed of the sites' own random numbers.
+        init_std: standard deviation of tables and of W_K at the start.
     """
 
-    row_layout: RowLayout
+    reading: SiteReading
+    gate: Gate
     conv_kernel: int
     conv_dilation: int
     seed: int
     init_std: float
 
-    @property
-    def row_dim(self) -> int:
-        """D, elements of a bank row."""
-        return self.row_layout.row_dim
-
 
 class MemorySite(MegatronModule):  # type: ignore[misc]
-    """Gated injection of bank rows before the attention of one layer.
+    """Gated injection of memory before the attention of one layer.
 
-    Its parameters are replicated over the tensor-parallel group. Under sequence parallelism each rank works on its own
-    positions and the gradients are summed over the group by Megatron (``sequence_parallel`` tag).
+    How tensor-parallel ranks share the work is said in :mod:`megatron_graft.data.partition`. Norms and the convolution
+    are replicated; under sequence parallelism Megatron sums their gradients over the ranks.
 
     Args:
         config: Megatron's ``TransformerConfig``.
         site: see :class:`SiteConfig`.
-        layer_number: Megatron's global, 1-based number of the layer that the site precedes.
+        layout: what a micro-batch brings to the sites of this rank.
         tp_group: tensor-parallel group of the layer.
     """
 
-    def __init__(self, config: Any, site: SiteConfig, layer_number: int, tp_group: Any) -> None:
+    def __init__(self, config: Any, site: SiteConfig, layout: MemoryLayout, tp_group: Any) -> None:
         super().__init__(config=config)
-        self.site = site
-        self.layer_number = layer_number
-        self.tp_group = tp_group
+        self.site, self.layout, self.tp_group = site, layout, tp_group
+        self.layer_number = site.reading.layer_number
         self.bypassed = False
-        hidden, rows = config.hidden_size, site.row_dim
-        generator = site_generator(site.seed, layer_number)
-        self.key_weight = self._parameter(torch.randn(hidden, rows, generator=generator) * site.init_std)
-        self.value_weight = self._parameter(torch.zeros(hidden, rows))
-        self.key_norm = self._parameter(torch.ones(hidden))
-        self.query_norm = self._parameter(torch.ones(hidden))
+        seed = SiteSeed(seed=site.seed, layer_number=self.layer_number, std=site.init_std)
+        self._numbers = {"graft": layout.graft_of(site.reading), "engram": layout.engram_of(site.reading)}
+        partition = layout.partition
+        if site.reading.graft:
+            self.graft = GraftReader(config, site.reading.graft, partition, seed)
+        if site.reading.engram:
+            self.engram = EngramReader(config, site.reading.engram, partition, seed, tp_group)
+        ones = torch.ones(config.hidden_size)
+        self.key_norm = site_parameter(config, ones)
+        self.query_norm = site_parameter(config, ones)
         if site.conv_kernel:
-            self.conv_norm = self._parameter(torch.ones(hidden))
-            self.conv_kernel = self._parameter(torch.zeros(site.conv_kernel, hidden))
+            self.conv_norm = site_parameter(config, ones)
+            self.conv_kernel = site_parameter(config, torch.zeros(site.conv_kernel, config.hidden_size))
         self.statistics = SiteStatistics()
 
-    def _parameter(self, value: torch.Tensor) -> torch.nn.Parameter:
-        device = torch.device("cpu") if self.config.use_cpu_initialization else torch.cuda.current_device()
-        parameter = torch.nn.Parameter(value.to(dtype=self.config.params_dtype, device=device))
-        parameter.sequence_parallel = self.config.sequence_parallel  # type: ignore[attr-defined]
-        return parameter
-
-    def forward(self, hidden_SBH: torch.Tensor, packed: torch.Tensor) -> torch.Tensor:
+    def forward(self, hidden_SBH: torch.Tensor, packed: torch.Tensor, exchange: torch.Tensor) -> torch.Tensor:
         """Add the memory of one micro-batch.
 
         Args:
             hidden_SBH: hidden states before the layer's attention.
-            packed: the micro-batch's :class:`MicroBatchMemory`, for this rank's positions.
+            packed: tensor of the micro-batch's :class:`MicroBatchMemory`, for this rank.
+            exchange: its sizes of exchanges, on the host.
 
         Returns:
             ``[S, B, H]``, of ``hidden_SBH``'s dtype.
@@ -104,24 +109,40 @@ class MemorySite(MegatronModule):  # type: ignore[misc]
         if self.bypassed:
             return hidden_SBH
         positions, sequences, _ = hidden_SBH.shape
-        memory = MicroBatchMemory.unpack(packed, sequences, positions, self.site.row_layout)
-        gate_SB1, gated_SBH = self._gated_value(hidden_SBH, memory)
-        delta_SBH = gated_SBH
+        memory = MicroBatchMemory.unpack(self.layout, packed, exchange, sequences, positions)
+        key_SBH, value_SBH = self._read(memory)
+        gate_SB1 = torch.sigmoid(self._logit(key_SBH, hidden_SBH))
+        delta_SBH = gated_SBH = gate_SB1 * value_SBH
         if self.site.conv_kernel:
-            delta_SBH = delta_SBH + self._convolved(gated_SBH, memory)
+            delta_SBH = gated_SBH + self._convolved(gated_SBH, memory)
         if self.training:
             with torch.no_grad():
-                self.statistics.add(gate_SB1, memory.order_BS, delta_SBH, hidden_SBH)
+                self.statistics.add(gate_SB1, self._active_SB(memory), delta_SBH, hidden_SBH)
         return hidden_SBH + delta_SBH
 
-    def _gated_value(self, hidden_SBH: torch.Tensor, memory: MicroBatchMemory) -> tuple[torch.Tensor, torch.Tensor]:
-        rows_SBD = memory.rows_SBD(self.key_weight.dtype)
-        key_SBH = F.linear(rows_SBD, self.key_weight)
-        value_SBH = F.linear(rows_SBD, self.value_weight)
+    def readers(self) -> list[tuple[str, RowReader, int]]:
+        """Name, module and number within the micro-batch's memory of each reader."""
+        return [(name, getattr(self, name), number) for name, number in self._numbers.items() if number is not None]
+
+    def _read(self, memory: MicroBatchMemory) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values, summed over the site's readers and over ranks that read slices of the columns."""
+        keys, values = zip(*(reader(memory, number) for _, reader, number in self.readers()), strict=True)
+        key_SBH, value_SBH = (parts[0] if len(parts) == 1 else parts[0] + parts[1] for parts in (keys, values))
+        if not self.layout.partition.splits_columns:
+            return key_SBH, value_SBH
+        both = reduce_from_tensor_model_parallel_region(torch.cat([key_SBH, value_SBH], dim=-1), group=self.tp_group)
+        return both.chunk(2, dim=-1)  # type: ignore[no-any-return]
+
+    def _active_SB(self, memory: MicroBatchMemory) -> torch.Tensor:
+        active = [reader.active_SB(memory, number) for _, reader, number in self.readers()]
+        return active[0] if len(active) == 1 else active[0] | active[1]
+
+    def _logit(self, key_SBH: torch.Tensor, hidden_SBH: torch.Tensor) -> torch.Tensor:
         agreement = self._norm(key_SBH, self.key_norm) * self._norm(hidden_SBH, self.query_norm)
         logit_SB1 = agreement.sum(dim=-1, keepdim=True) / hidden_SBH.shape[-1] ** 0.5
-        gate_SB1 = torch.sigmoid(logit_SB1)
-        return gate_SB1, gate_SB1 * value_SBH
+        if self.site.gate == "plain":
+            return logit_SB1
+        return logit_SB1.sign() * logit_SB1.abs().clamp_min(_SMALLEST_LOGIT).sqrt()
 
     def _convolved(self, gated_SBH: torch.Tensor, memory: MicroBatchMemory) -> torch.Tensor:
         mixed = causal_depthwise_convolution(
@@ -129,7 +150,7 @@ class MemorySite(MegatronModule):  # type: ignore[misc]
             self.conv_kernel,
             self.site.conv_dilation,
             memory.position_BS.t(),
-            self.tp_group if self.config.sequence_parallel else None,
+            self.tp_group if self.layout.partition.sequence_parallel else None,
         )
         return F.silu(mixed)
 
@@ -139,36 +160,13 @@ class MemorySite(MegatronModule):  # type: ignore[misc]
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple[Any, ...] = (), metadata: dict[str, Any] | None = None
     ) -> dict[str, Any]:
-        """The site's parameters, each saved once by the group; see :mod:`megatron_graft.memory.layer` for the keys."""
-        return make_sharded_tensors_for_checkpoint(
-            self.state_dict(prefix="", keep_vars=True),
-            prefix,
-            {},
-            sharded_offsets,
-            tp_group=self.tp_group,
-            dp_cp_group=(metadata or {})["dp_cp_group"],
-        )
-
-
-class SiteStatistics:
-    """Running sums over training forward passes, kept on the device so that a step never waits for them."""
-
-    NAMES = ("hits", "gate", "positions", "relative_delta")
-
-    def __init__(self) -> None:
-        self._sums: torch.Tensor | None = None
-
-    def add(
-        self, gate_SB1: torch.Tensor, order_BS: torch.Tensor, delta_SBH: torch.Tensor, hidden_SBH: torch.Tensor
-    ) -> None:
-        """Count one micro-batch: hits, sum of the gate over hits, positions, sum of |delta| / |h|."""
-        hit_SB = (order_BS.t() > 0).float()
-        ratio_SB = delta_SBH.float().norm(dim=-1) / hidden_SBH.float().norm(dim=-1).clamp_min(1e-12)
-        positions = torch.ones_like(hit_SB).sum()  # not from a Python number: that would be a copy to the device
-        sums = torch.stack([hit_SB.sum(), (gate_SB1[..., 0].float() * hit_SB).sum(), positions, ratio_SB.sum()])
-        self._sums = sums if self._sums is None else self._sums + sums
-
-    def drain(self, device: torch.device) -> torch.Tensor:
-        """Return the sums, float32 ``[4]`` in the order of :attr:`NAMES`, and start again from zero."""
-        sums, self._sums = self._sums, None
-        return torch.zeros(len(self.NAMES), device=device) if sums is None else sums
+        """Entries of all parameters, keyed and named ``prefix`` + name; see :mod:`megatron_graft.memory.layer`."""
+        groups = {"tp_group": self.tp_group, "dp_cp_group": (metadata or {})["dp_cp_group"]}
+        entries = {
+            f"{prefix}{name}": sharded_whole(f"{prefix}{name}", parameter, **groups)
+            for name, parameter in self.named_parameters(recurse=False)
+        }
+        for name, reader, _ in self.readers():
+            below = reader.sharded_entries(f"{prefix}{name}.", **groups)
+            entries |= {f"{prefix}{name}.{parameter}": entry for parameter, entry in below.items()}
+        return entries

@@ -7,7 +7,7 @@ successor changes this file alone.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
@@ -17,28 +17,29 @@ from megatron.core.transformer.transformer_layer import get_transformer_layer_of
 from megatron.training.models.gpt import GPTModelConfig, default_layer_spec
 
 from megatron_graft.compat.local_spec import complete_local_spec
+from megatron_graft.data.memory_layout import MemoryLayout
 from megatron_graft.memory.layer import with_memory_site
 from megatron_graft.memory.site import SiteConfig
+from megatron_graft.models.stage import stage_layout, stage_sites
 
 type LayerSpec = ModuleSpec | TransformerBlockSubmodules
 
 
-def layer_spec_factory(site_layers: Sequence[int], site: SiteConfig | None) -> Callable[..., LayerSpec]:
+def layer_spec_factory(sites: Mapping[int, SiteConfig]) -> Callable[..., LayerSpec]:
     """What to put into ``GPTModelConfig.transformer_layer_spec``.
 
     Args:
-        site_layers: global, 1-based numbers of the layers that get a memory site; empty for the stock model.
-        site: configuration of those sites; required where there are any.
+        sites: the run's memory sites by global, 1-based layer number; empty for the stock model.
 
     Returns:
         A function of ``(model_config, vp_stage)`` that Megatron's builder calls on each pipeline stage.
     """
 
     def build(config: GPTModelConfig, vp_stage: int | None = None) -> LayerSpec:
-        if not site_layers or site is None:
+        if not sites:
             return _completed(default_layer_spec(config, vp_stage), config)
         block = _completed(_block_spec(config, vp_stage), config)
-        return add_memory_sites(config.transformer, block, site_layers, site, vp_stage)
+        return add_memory_sites(config.transformer, block, sites, vp_stage)
 
     return build
 
@@ -64,23 +65,23 @@ def _completed(spec: LayerSpec, config: GPTModelConfig) -> LayerSpec:
 def add_memory_sites(
     transformer_config: Any,
     block: TransformerBlockSubmodules,
-    site_layers: Sequence[int],
-    site: SiteConfig,
+    sites: Mapping[int, SiteConfig],
     vp_stage: int | None = None,
 ) -> TransformerBlockSubmodules:
-    """A block spec of this pipeline stage with memory sites in the chosen layers.
+    """A block spec of this pipeline stage with its share of the run's memory sites put in.
 
     Entries of a block spec are shared objects, so they are replaced, never changed in place.
     """
-    offset = get_transformer_layer_offset(transformer_config, vp_stage=vp_stage)
+    here = stage_sites(sites, transformer_config, vp_stage)
+    layout = stage_layout(here, transformer_config)
+    first = get_transformer_layer_offset(transformer_config, vp_stage=vp_stage) + 1
     layers = [
-        _with_site(spec, site) if offset + local in site_layers else spec
-        for local, spec in enumerate(block.layer_specs, start=1)
+        _with_site(spec, here[layer], layout) if layer in here else spec
+        for layer, spec in enumerate(block.layer_specs, start=first)
     ]
     return dataclasses.replace(block, layer_specs=layers)
 
 
-def _with_site(spec: ModuleSpec, site: SiteConfig) -> ModuleSpec:
-    return ModuleSpec(
-        module=with_memory_site(spec.module), submodules=spec.submodules, params={**(spec.params or {}), "site": site}
-    )
+def _with_site(spec: ModuleSpec, site: SiteConfig, layout: MemoryLayout) -> ModuleSpec:
+    params = {**(spec.params or {}), "site": site, "layout": layout}
+    return ModuleSpec(module=with_memory_site(spec.module), submodules=spec.submodules, params=params)

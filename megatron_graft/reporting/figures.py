@@ -21,6 +21,7 @@ MISS = "miss"
 SIGNIFICANT_DIGITS = 5
 _LAST_STEPS = 20
 _TEXT_KEYS = {HELD_OUT: "held_out", "foreign": "foreign"}
+_SITE_FIGURES = ("gate_mean", "gate_p10", "gate_p50", "gate_p90", "delta_ratio", "participation")
 _NOT_CONFIGURATION = ("graft_bank", "data_path", "train_data_path", "bf16", "fp16", "train_iters")
 
 
@@ -42,6 +43,8 @@ def figures_of(run: Run, work_dir: Path | None, command: str | None) -> dict[str
         "config": _config(run),
         "parameters": evaluation["parameters"],
         "bank": _bank(run),
+        "further_banks": run.bank_digests[1:],
+        "engram": run.memory and run.memory["engram"],
         "tokenizer": _tokenizer(run),
         "tokens": {name.removeprefix("tokens_"): value for name, value in evaluation["training_text"].items()},
         "training_loss": _training_loss(run),
@@ -109,7 +112,7 @@ def _bank(run: Run) -> dict[str, Any] | None:
         return None
     identity = run.bank.identity.to_json()
     kept = ("row_dim", "row_dtype", "orders", "processing", "control", "donor")
-    return {"digest": run.bank_digest, "num_rows": run.bank_rows} | {name: identity[name] for name in kept}
+    return {"digest": run.bank_digests[0], "num_rows": run.bank_rows} | {name: identity[name] for name in kept}
 
 
 def _tokenizer(run: Run) -> dict[str, Any]:
@@ -177,12 +180,14 @@ def _hit_rates(run: Run) -> dict[str, Any] | None:
 
 def _coverage(run: Run, orders: list[str]) -> dict[str, dict[str, float]]:
     """What the bank's builder measured, if it did and it is of this bank."""
-    bank = Path(run.flags["graft_bank"])
+    if run.bank is None:
+        return {}
+    bank = Path(run.flags["graft_bank"][0])
     path = bank.with_name(f"{bank.name}.coverage.json")
-    if run.bank is None or not path.is_file():
+    if not path.is_file():
         return {}
     coverage = read_json(path, "Delete it, or build the bank again.")
-    if coverage["bank"] != run.bank_digest:
+    if coverage["bank"] != run.bank_digests[0]:
         return {}
     return {
         name: {"any": shares["hit_rate"]} | {order: shares["share_by_order"][order] for order in orders}
@@ -192,16 +197,12 @@ def _coverage(run: Run, orders: list[str]) -> dict[str, dict[str, float]]:
 
 
 def _sites(run: Run) -> dict[str, Any] | None:
-    """Mean gate and |delta| / |h| of each site over the last log interval, by layer number."""
-    if run.bank is None or not run.intervals:
+    """What each site told of itself over the last log interval, by layer number."""
+    if run.memory is None or not run.intervals:
         return None
     last = run.intervals[-1]
     return {
-        str(layer): {
-            "gate_mean": last[f"graft/gate_mean_layer_{layer}"],
-            "delta_ratio": last[f"graft/delta_ratio_layer_{layer}"],
-        }
-        for layer in sorted(run.flags["graft_layers"])
+        str(layer): {name: last[f"graft/{name}_layer_{layer}"] for name in _SITE_FIGURES} for layer in run.site_layers
     }
 
 

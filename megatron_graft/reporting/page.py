@@ -55,7 +55,7 @@ def _verdict(report: dict[str, Any]) -> str:
         f"windows of {report['config']['seq_length']} tokens by one process; bits per byte are over the bytes that "
         "these tokens spell."
     )
-    if report["bank"]:
+    if _has_memory(report):
         sentences.append("“Memory off” are the same weights with the memory sites bypassed.")
     sentences.append(
         f"Reported on {machine['cpu']}, {machine['cores']} cores, torch {machine['torch']}, "
@@ -66,13 +66,16 @@ def _verdict(report: dict[str, Any]) -> str:
 
 def _texts(report: dict[str, Any]) -> str:
     heads, rows = ["text", "tokens", "loss", "bits/byte", "loss, bigram"], []
+    if _has_memory(report):
+        heads.append("loss, memory off")
     if report["bank"]:
-        heads += ["loss, memory off", "hit rate"]
+        heads.append("hit rate")
     for key, text in texts_of(report).items():
         row = [key.replace("_", "-"), _count(text["tokens"]), _number(text["loss"]), _number(text["bits_per_byte"])]
         row.append(_number((text["bigram"] or {}).get("loss")))
-        if report["bank"]:
+        if _has_memory(report):
             row.append(_number((text["memory_off"] or {}).get("loss")))
+        if report["bank"]:
             row.append(_percent(report["hit_rate"][key]["any"]))
         rows.append(row)
     return _table(heads, rows)
@@ -134,26 +137,52 @@ def _facts(report: dict[str, Any]) -> str:
     if report["speed"]:
         rows.append(["speed", f"{_number(report['speed']['tokens_per_second'], ',.0f')} tokens/s"])
     if report["bank"]:
-        rows += _memory_facts(report)
+        rows += _bank_facts(report)
+    if report["engram"]:
+        rows.append(["hashed tables", _engram_fact(report["engram"])])
+    if _has_memory(report):
+        rows += [["memory sites", _site_facts(report)], ["waiting for memory", _waiting(report["speed"])]]
     return _table(["", ""], rows, numbers=False)
 
 
-def _memory_facts(report: dict[str, Any]) -> list[list[str]]:
+def _has_memory(report: dict[str, Any]) -> bool:
+    return bool(report["bank"] or report["engram"])
+
+
+def _bank_facts(report: dict[str, Any]) -> list[list[str]]:
     bank, rates = report["bank"], report["hit_rate"]["training"] or {}
     control = f", control: {bank['control']['kind']} rows (seed {bank['control']['seed']})" if bank["control"] else ""
     orders = ", ".join(f"{order}: {_percent(rate)}" for order, rate in rates.items() if order != "any")
     layers = ", ".join(map(str, bank["donor"]["layers"]))
-    sites = "; ".join(
-        f"layer {layer}: gate {_number(site['gate_mean'], '.3f')}, |δ|/|h| {_number(site['delta_ratio'], '.3f')}"
-        for layer, site in (report["sites"] or {}).items()
-    )
+    further = "".join(f", and bank `{_short(digest)}`" for digest in report["further_banks"])
     return [
-        ["bank", f"{_count(bank['num_rows'])} rows × {bank['row_dim']}{control}, `{_short(bank['digest'])}`"],
+        ["bank", f"{_count(bank['num_rows'])} rows × {bank['row_dim']}{control}, `{_short(bank['digest'])}`{further}"],
         ["donor", f"{bank['donor']['name']}, layer {layers}, weights `{_short(bank['donor']['revision'])}`"],
         ["hit rate in training", f"{_percent(rates.get('any'))} ({orders})"],
-        ["memory sites", sites or NOTHING],
-        ["waiting for memory", _waiting(report["speed"])],
     ]
+
+
+def _engram_fact(engram: dict[str, Any]) -> str:
+    layers = ", ".join(str(layer) for layer, _ in engram["layer_ids"])
+    sizes = ", ".join(map(_count, engram["vocab_sizes"]))
+    documents = "across" if engram["across_documents"] else "within"
+    return (
+        f"{engram['dialect']}, layers {layers}, orders 2 to {engram['max_order']}, {engram['heads']} heads of {sizes} "
+        f"rows or more, {engram['dim']} elements an order, {documents} documents"
+    )
+
+
+def _site_facts(report: dict[str, Any]) -> str:
+    return "; ".join(_site_fact(layer, site) for layer, site in (report["sites"] or {}).items()) or NOTHING
+
+
+def _site_fact(layer: str, site: dict[str, Any]) -> str:
+    gate = f"gate {_number(site['gate_mean'], '.3f')}"
+    most = f"{_number(site['gate_p10'], '.2f')} to {_number(site['gate_p90'], '.2f')}"
+    delta = f"|δ|/|h| {_number(site['delta_ratio'], '.3f')}"
+    return (
+        f"layer {layer}: {gate} (10 % to 90 %: {most}), {delta}, participation {_number(site['participation'], '.1f')}"
+    )
 
 
 def _waiting(speed: dict[str, Any] | None) -> str:

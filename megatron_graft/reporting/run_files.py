@@ -26,8 +26,9 @@ _WHOLE_NUMBERS = {
 }  # fmt: skip
 _NUMBERS = ("lr", "min-lr")
 _SWITCHES = ("sequence-parallel", "use-distributed-optimizer", "bf16", "fp16")
-_WORDS = ("lr-decay-style", "transformer-impl", "distributed-backend", "graft-bank", "tokenizer-type")
-_DATA = ("data-path", "train-data-path")
+_WORDS = ("lr-decay-style", "transformer-impl", "distributed-backend", "tokenizer-type")
+_LISTS = ("data-path", "train-data-path", "graft-bank")
+_LAYERS = ("graft-layers", "engram-layers")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,7 +41,7 @@ class Run:
         flags: those of :data:`arguments` that a report quotes, by name with underscores.
         metrics: one record per step, ascending, each step once.
         evaluation: contents of ``evaluation.json``.
-        bank: manifest of its whole bank, or None for the stock model.
+        banks: manifests of its whole banks.
     """
 
     directory: Path
@@ -49,7 +50,7 @@ class Run:
     world_size: int | None
     metrics: tuple[dict[str, Any], ...]
     evaluation: dict[str, Any]
-    bank: Manifest | None
+    banks: tuple[Manifest, ...]
 
     @property
     def name(self) -> str:
@@ -57,16 +58,33 @@ class Run:
         return self.directory.resolve().name
 
     @property
-    def bank_rows(self) -> int:
-        """How many of its bank's rows the run used; 0 without a bank."""
-        if self.bank is None:
-            return 0
-        return int(self.flags["bank_rows"] or self.bank.identity.num_rows)
+    def bank(self) -> Manifest | None:
+        """The first of its banks, by whose matches losses are split; None without one."""
+        return self.banks[0] if self.banks else None
 
     @property
-    def bank_digest(self) -> str | None:
-        """Digest of those rows as a bank; None without one."""
-        return None if self.bank is None else self.bank.digest_of_rows(self.bank_rows)
+    def bank_rows(self) -> int:
+        """How many of the first bank's rows the run used; 0 without a bank."""
+        return self._rows_used(self.banks[0]) if self.banks else 0
+
+    @property
+    def bank_digests(self) -> list[str]:
+        """Digests of the rows used as banks."""
+        return [bank.digest_of_rows(self._rows_used(bank)) for bank in self.banks]
+
+    @property
+    def site_layers(self) -> list[int]:
+        """Layer numbers of all sites."""
+        return sorted({*self.flags["graft_layers"], *self.flags["engram_layers"]})
+
+    @property
+    def memory(self) -> dict[str, Any] | None:
+        """The identity of the run's memory, as checkpoints keep it; None for the stock model."""
+        identity: dict[str, Any] | None = self.evaluation["memory"]
+        return identity
+
+    def _rows_used(self, bank: Manifest) -> int:
+        return int(self.flags["bank_rows"] or bank.identity.num_rows)
 
     @property
     def intervals(self) -> list[dict[str, Any]]:
@@ -75,11 +93,15 @@ class Run:
 
     @property
     def arm(self) -> str:
-        """What the run's memory is, in two words."""
-        if self.bank is None:
+        """What the run's memory is, in a few words."""
+        if self.memory is None:
             return "no memory"
-        control = self.bank.identity.control
-        return f"{control.kind} rows" if control else "memory"
+        kinds = [bank.identity.control.kind for bank in self.banks if bank.identity.control]
+        bank = f"{kinds[0]} rows" if kinds else "memory"
+        if not self.memory["engram"]:
+            return bank
+        combined = {site["combine"] for site in self.memory["sites"].values() if site["combine"]}
+        return f"{bank} + hashed tables{f' ({combined.pop()})' if combined else ''}" if self.banks else "hashed tables"
 
 
 def read_run(directory: Path) -> Run | None:
@@ -103,7 +125,6 @@ def read_run(directory: Path) -> Run | None:
             directory / EVALUATION_FILE, "lacks the held-out text", got=", ".join(evaluation["data"]),
             expected=HELD_OUT, remedy=f"Evaluate the run with --data {HELD_OUT}=PREFIX.",
         )  # fmt: skip
-    bank = read_manifest(Path(flags["graft_bank"])) if flags["graft_bank"] else None
     run = Run(
         directory=directory,
         arguments=arguments,
@@ -111,12 +132,14 @@ def read_run(directory: Path) -> Run | None:
         world_size=recorded.get("world_size"),
         metrics=read_metrics(directory / METRICS_FILE, evaluation["iteration"]),
         evaluation=evaluation,
-        bank=bank,
+        banks=tuple(read_manifest(Path(bank)) for bank in flags["graft_bank"] if bank),
     )
-    if bank is not None and run.bank_digest != evaluation["memory"]["bank"]:
+    trained_with = evaluation["memory"]["banks"] if evaluation["memory"] else []
+    if run.bank_digests != trained_with:
         raise IdentityError(
-            flags["graft_bank"], f"is not the bank of the run {directory}", got=run.bank_digest,
-            expected=evaluation["memory"]["bank"], remedy="Put the run's bank back, or train with this one.",
+            ", ".join(flags["graft_bank"]), f"does not hold the rows of the run {directory}",
+            got=", ".join(run.bank_digests), expected=", ".join(trained_with),
+            remedy="Put the run's banks back, or train with these.",
         )  # fmt: skip
     return run
 
@@ -146,9 +169,10 @@ def parse_flags(arguments: tuple[str, ...]) -> dict[str, Any]:
         parser.add_argument(f"--{flag}", action="store_true")
     for flag in _WORDS:
         parser.add_argument(f"--{flag}")
-    for flag in _DATA:
+    for flag in _LISTS:
         parser.add_argument(f"--{flag}", nargs="*", default=[])
-    parser.add_argument("--graft-layers", type=int, nargs="+", default=[])
+    for flag in _LAYERS:
+        parser.add_argument(f"--{flag}", type=int, nargs="+", default=[])
     return vars(parser.parse_known_args(arguments)[0])
 
 

@@ -1,109 +1,164 @@
-"""Our command-line flags, the settings they make, and the combinations of Megatron's flags that sites cannot serve."""
+"""Our command-line flags, and the settings that they make."""
 
 from __future__ import annotations
 
 import argparse
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from megatron_graft.errors import ConfigError
+from megatron_graft.ngram.hashing import DIALECTS
+from megatron_graft.training.parallelism import check_data_flags, check_site_flags
+from megatron_graft.training.settings import EngramSettings, GraftSettings, check_settings
 
-
-@dataclass(frozen=True, kw_only=True)
-class GraftSettings:
-    """The ``--graft-*`` and ``--bank-*`` flags of a run.
-
-    Attributes:
-        bank: directory of the bank, or None for the stock model.
-        layers: global, 1-based numbers of the layers with a memory site, ascending.
-        conv_kernel: convolution taps per site; 0 leaves it out.
-        conv_dilation: distance between taps, or None for the bank's longest order.
-        lookup: implementation of the suffix index.
-        look_ahead: micro-batches that may wait ready, or None for those of one step.
-        allow_raw_bank: accept a bank whose rows were not normalised.
-        verify_bank: how deeply to check the bank before training.
-        bank_rows: use the bank's so many most frequent n-grams only, or None for all.
-        bank_node_copy: directory of the node where the bank is copied to and read from, or None.
-        bank_lookup_threads: threads of lookup and gather.
-        bank_huge_pages: hold the index in memory of huge pages.
-        run_dir: where metrics and the command line of the run go, or None.
-    """
-
-    bank: Path | None
-    layers: tuple[int, ...]
-    conv_kernel: int
-    conv_dilation: int | None
-    lookup: str
-    look_ahead: int | None
-    allow_raw_bank: bool
-    verify_bank: str
-    bank_rows: int | None
-    bank_node_copy: Path | None
-    bank_lookup_threads: int
-    bank_huge_pages: bool
-    run_dir: Path | None
+TABLES_PAGE = "docs/engram-tables.md"
 
 
 def add_graft_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
-    """Add the ``--graft-*`` and ``--bank-*`` flags to Megatron's parser."""
-    group = parser.add_argument_group("memory grafting")
-    group.add_argument("--graft-bank", metavar="DIR", help="Bank directory. Without it the model is the stock one.")
+    """Add the ``--graft-*``, ``--bank-*`` and ``--engram-*`` flags to Megatron's parser."""
+    _add_site_arguments(parser.add_argument_group("memory sites"))
+    _add_running_arguments(parser.add_argument_group("fetching of memory"))
+    _add_bank_arguments(parser.add_argument_group("memory banks"))
+    _add_engram_arguments(parser.add_argument_group("hashed n-gram tables (Engram)"))
+    return parser
+
+
+def _add_site_arguments(group: argparse._ArgumentGroup) -> None:
+    """What the sites are."""
+    group.add_argument(
+        "--graft-bank", nargs="+", default=[], metavar="DIR",
+        help="Bank directory: one for all of --graft-layers, or one for each. Without --graft-bank and "
+        "--engram-layers the model is the stock one.",
+    )  # fmt: skip
     group.add_argument(
         "--graft-layers", type=int, nargs="+", default=[], metavar="N",
-        help="Layers that get a memory site before their attention: Megatron's global layer numbers, from 1.",
+        help="Layers whose memory site, before their attention, reads a bank: Megatron's global layer numbers, from 1.",
+    )  # fmt: skip
+    group.add_argument(
+        "--graft-donor-layers", nargs="+", default=[], metavar="N[,N...]",
+        help="Donor layers that the sites read of their bank's, side by side: one list for all of --graft-layers, or "
+        "one for each ('8 24': the first site reads donor layer 8, the second 24). Default: all that the bank has.",
+    )  # fmt: skip
+    group.add_argument(
+        "--graft-combine", choices=["exclusive", "sum"], default="exclusive",
+        help="Where a layer is named by --graft-layers and --engram-layers: read the table only where the bank has no "
+        "match (exclusive), or everywhere, with the bank's part added at a match (sum). Each has projections of its "
+        "own. Default: exclusive.",
+    )  # fmt: skip
+    group.add_argument(
+        "--graft-gate", choices=["plain", "signed-sqrt"], default="plain",
+        help="The gate's logit as it is, as in the Engram paper, or its signed square root, as in the published code. "
+        "Default: plain.",
     )  # fmt: skip
     group.add_argument(
         "--graft-conv-kernel", type=int, default=4, help="Taps of each site's causal convolution; 0 leaves it out."
     )
     group.add_argument(
         "--graft-conv-dilation", type=int, default=None,
-        help="Positions between two taps. Default: the bank's longest n-gram.",
+        help="Positions between two taps. Default: the longest n-gram that the site reads.",
     )  # fmt: skip
     group.add_argument(
+        "--graft-adopt-checkpoint", action="store_true",
+        help="Let --load read a model trained without memory, or with another: what the run has and the checkpoint "
+        "lacks starts fresh, what only the checkpoint has is left. Needs --finetune or --no-load-optim.",
+    )  # fmt: skip
+
+
+def _add_running_arguments(group: argparse._ArgumentGroup) -> None:
+    """How memory is fetched, checked and reported."""
+    group.add_argument(
         "--graft-lookup", choices=["auto", "native", "reference"], default="auto",
-        help="Suffix lookup: the compiled extension (auto, native) or NumPy (reference).",
+        help="Suffix lookup and hashing: the compiled extension (auto, native) or NumPy (reference).",
     )  # fmt: skip
     group.add_argument(
         "--graft-look-ahead", type=int, default=None,
         help="Micro-batches whose memory may be fetched in advance. Default: those of one step, at least 2.",
     )  # fmt: skip
     group.add_argument(
-        "--graft-allow-raw-bank", action="store_true", help="Accept a bank whose rows were not centred and normalised."
-    )
-    group.add_argument(
-        "--graft-verify-bank", choices=["header", "sample", "full"], default="header",
-        help="Before training, check the bank's manifest, sizes and headers (header); a sample of its keys as well, "
-        "and that the index finds them (sample); or every byte and every key (full).",
+        "--graft-verify", type=int, default=0, metavar="N",
+        help="In every N-th step find and read each position's rows and hash ids again by the reference path, and stop "
+        "the run if they differ. Holds the keys of every bank in memory. Default: 0, never.",
     )  # fmt: skip
     group.add_argument(
         "--graft-run-dir", metavar="DIR", help="Where the run's command line and metrics.jsonl are written."
     )
-    _add_bank_arguments(group)
-    return parser
 
 
 def _add_bank_arguments(group: argparse._ArgumentGroup) -> None:
-    """How the bank is opened and read."""
+    """How banks are opened and read."""
+    group.add_argument(
+        "--graft-allow-raw-bank", action="store_true", help="Accept a bank whose rows were not centred and normalised."
+    )
+    group.add_argument(
+        "--graft-verify-bank", choices=["header", "sample", "full"], default="header",
+        help="Before training, check each bank's manifest, sizes and headers (header); a sample of its keys as well, "
+        "and that the index finds them (sample); or every byte and every key (full).",
+    )  # fmt: skip
     group.add_argument(
         "--bank-rows", type=int, default=None, metavar="K",
-        help="Use only the bank's K most frequent n-grams, as if it held no others. K is part of the identity that "
+        help="Use only a bank's K most frequent n-grams, as if it held no others. K is part of the identity that "
         "checkpoints keep. Default: all.",
     )  # fmt: skip
     group.add_argument(
         "--bank-node-copy", metavar="DIR", default=None,
-        help="Copy the bank to DIR/<its digest> and read it there: a local disk, or a tmpfs such as /dev/shm. The "
+        help="Copy each bank to DIR/<its digest> and read it there: a local disk, or a tmpfs such as /dev/shm. The "
         "first process of a node copies, the others wait and share the files; a complete copy serves later runs.",
     )  # fmt: skip
     group.add_argument(
         "--bank-lookup-threads", type=int, default=1, metavar="N",
-        help="Threads of lookup and gather for the coming micro-batches, in each process that owns a memory site. "
-        "Default: 1.",
+        help="Threads of lookup, hashing and gather for the coming micro-batches, in each process that owns a memory "
+        "site. Default: 1.",
     )  # fmt: skip
     group.add_argument(
         "--bank-huge-pages", action="store_true",
         help="Hold the index in huge pages: a private copy in every process, about 13 bytes for each n-gram, for "
         "faster lookup than from the mapped file.",
+    )  # fmt: skip
+
+
+def _add_engram_arguments(group: argparse._ArgumentGroup) -> None:
+    """What the hashed tables are and how they are trained."""
+    group.add_argument(
+        "--engram-layers", type=int, nargs="+", default=[], metavar="N",
+        help="Layers whose memory site reads a trainable table of hashed n-grams, one table for each: Megatron's "
+        "global layer numbers, from 1.",
+    )  # fmt: skip
+    group.add_argument(
+        "--engram-layer-ids", type=int, nargs="+", default=None, metavar="ID",
+        help="The hash dialect's own id of each of --engram-layers. Default: its number less one, since the published "
+        "code counts layers from 0.",
+    )  # fmt: skip
+    group.add_argument("--engram-dialect", choices=sorted(DIALECTS), default="deepseek", help="How n-grams are hashed.")
+    group.add_argument("--engram-max-order", type=int, default=3, help="Longest n-gram; the shortest has 2 tokens.")
+    group.add_argument("--engram-heads", type=int, default=8, help="Rows read for each order at each position.")
+    group.add_argument(
+        "--engram-vocab-size", type=int, nargs="+", default=[646400], metavar="N",
+        help="Least rows of a head; each takes the next prime that no other head has. One number, or one per order.",
+    )  # fmt: skip
+    group.add_argument(
+        "--engram-dim", type=int, default=512, help="Elements read for each order; a row has this divided by the heads."
+    )
+    group.add_argument("--engram-seed", type=int, default=0, help="Seed of the hash constants.")
+    group.add_argument(
+        "--engram-pad-id", type=int, default=None,
+        help="Token id that stands where an n-gram reaches before its document. Default: the tokenizer's EOD.",
+    )  # fmt: skip
+    group.add_argument(
+        "--engram-across-documents", action="store_true",
+        help="Let hashed n-grams reach across document starts, as the published code does.",
+    )  # fmt: skip
+    group.add_argument(
+        "--engram-lr-mult", type=float, default=5.0, help="Learning rate of the tables, as a multiple of --lr."
+    )
+    group.add_argument(
+        "--engram-wd-mult", type=float, default=0.0, help="Their weight decay, as a multiple of --weight-decay."
+    )
+    group.add_argument(
+        "--engram-shard-over", choices=["tensor", "expert", "data"], default="tensor",
+        help=f"Ranks over which a table's rows are split. Only 'tensor' is there yet; {TABLES_PAGE} says why.",
+    )  # fmt: skip
+    group.add_argument(
+        "--engram-update", choices=["dense", "touched-rows"], default="dense",
+        help=f"Rows that a step updates. Only 'dense' (Megatron's own Adam) is there yet; {TABLES_PAGE} says why.",
     )  # fmt: skip
 
 
@@ -114,12 +169,18 @@ def graft_settings(args: argparse.Namespace) -> GraftSettings:
         ConfigError: a value or a combination that cannot be honoured.
     """
     settings = GraftSettings(
-        bank=Path(args.graft_bank) if args.graft_bank else None,
-        layers=tuple(sorted(args.graft_layers)),
+        banks=tuple(Path(bank) for bank in args.graft_bank if bank),
+        layers=tuple(args.graft_layers),
+        donor_layers=_donor_layers(args),
+        engram=_engram_settings(args) if args.engram_layers else None,
+        combine=args.graft_combine,
+        gate=args.graft_gate,
         conv_kernel=args.graft_conv_kernel,
         conv_dilation=args.graft_conv_dilation,
         lookup=args.graft_lookup,
         look_ahead=args.graft_look_ahead,
+        verify_every=args.graft_verify,
+        adopt_checkpoint=args.graft_adopt_checkpoint,
         allow_raw_bank=args.graft_allow_raw_bank,
         verify_bank=args.graft_verify_bank,
         bank_rows=args.bank_rows,
@@ -128,115 +189,70 @@ def graft_settings(args: argparse.Namespace) -> GraftSettings:
         bank_huge_pages=args.bank_huge_pages,
         run_dir=Path(args.graft_run_dir) if args.graft_run_dir else None,
     )
-    _check_loader(args)
-    if settings.bank is None:
-        _check_no_bank(settings)
-        return settings
-    _check_layers(settings, args.num_layers)
-    _check_numbers(settings)
-    _check_layout(args)
+    check_data_flags(args)
+    if not args.engram_layers:
+        _refuse_table_flags(args)
+    check_settings(settings, args.num_layers)
+    _check_adoption(settings, args)
+    if settings.has_sites:
+        check_site_flags(args)
     return settings
 
 
-def _check_no_bank(settings: GraftSettings) -> None:
-    """Refuse flags that would change what a bank is or how it is read, where there is none."""
-    given = {
-        "--graft-layers": list(settings.layers) or None,
-        "--bank-rows": settings.bank_rows,
-        "--bank-node-copy": settings.bank_node_copy,
-        "--bank-huge-pages": settings.bank_huge_pages or None,
-    }
-    for flag, value in given.items():
-        if value is not None:
+def _donor_layers(args: argparse.Namespace) -> tuple[tuple[int, ...] | None, ...]:
+    if not args.graft_donor_layers:
+        return (None,) * len(args.graft_layers)
+    lists = []
+    for text in args.graft_donor_layers:
+        if not all(number.isdecimal() for number in text.split(",")):
             raise ConfigError(
-                flag, "was given without a bank", got=value,
-                remedy=f"Add --graft-bank DIR, or drop {flag} for the stock model.",
-            )  # fmt: skip
+                "--graft-donor-layers", "is no list of layers", got=text, expected="numbers joined by commas: 8,24"
+            )
+        lists.append(tuple(int(number) for number in text.split(",")))
+    return tuple(lists) * (len(args.graft_layers) if len(lists) == 1 and args.graft_layers else 1)
 
 
-def _check_layers(settings: GraftSettings, num_layers: int) -> None:
-    if not settings.layers:
-        raise ConfigError(
-            "--graft-layers", "is required with --graft-bank", expected=f"layer numbers from 1 to {num_layers}",
-            remedy="For example --graft-layers 2.",
-        )  # fmt: skip
-    outside = [layer for layer in settings.layers if not 1 <= layer <= num_layers]
-    if outside or len(set(settings.layers)) != len(settings.layers):
-        raise ConfigError(
-            "--graft-layers", "names a layer that the model does not have, or one twice", got=list(settings.layers),
-            expected=f"distinct numbers from 1 to --num-layers {num_layers}",
-            remedy="Choose layers of this model, or give it more of them.",
-        )  # fmt: skip
+def _refuse_table_flags(args: argparse.Namespace) -> None:
+    """Refuse flags of hashed tables where there is none: they would be of no effect."""
+    defaults = vars(add_graft_arguments(argparse.ArgumentParser()).parse_args([]))
+    for name, default in defaults.items():
+        value = getattr(args, name)
+        if name.startswith("engram_") and value != default:
+            flag = f"--{name.replace('_', '-')}"
+            raise ConfigError(
+                flag, "was given without a table", got=value, remedy=f"Add --engram-layers N, or drop {flag}."
+            )
 
 
-def _check_numbers(settings: GraftSettings) -> None:
-    limits = {
-        "--graft-conv-kernel": (settings.conv_kernel, 0),
-        "--graft-conv-dilation": (settings.conv_dilation, 1),
-        "--graft-look-ahead": (settings.look_ahead, 1),
-        "--bank-rows": (settings.bank_rows, 1),
-        "--bank-lookup-threads": (settings.bank_lookup_threads, 1),
-    }
-    for flag, (value, least) in limits.items():
-        if value is not None and value < least:
-            raise ConfigError(flag, "is too small", got=value, expected=f"at least {least}")
-    if settings.bank_huge_pages and settings.lookup == "reference":
-        raise ConfigError(
-            "--bank-huge-pages", "has no use with --graft-lookup reference, which makes an index of its own",
-            remedy="Drop one of them.",
-        )  # fmt: skip
-
-
-def _check_loader(args: argparse.Namespace) -> None:
-    """What our data iterator cannot serve, with or without a bank."""
-    _refuse(
-        args,
-        (
-            ("--dataloader-type", args.dataloader_type != "external", "the iterator is megatron-graft's own"),
-            ("--full-validation", args.full_validation, "use tools/evaluate.py for a whole held-out set"),
-            ("--multiple-validation-sets", args.multiple_validation_sets, "use tools/evaluate.py, once per set"),
-            ("--phase-transition-iterations", args.phase_transition_iterations, "data phases are not supported"),
-            ("--sft", args.sft, "packed fine-tuning data is not supported"),
-            ("--dataloader-inter-document-masking", args.dataloader_inter_document_masking, "packed sequences"),
-            ("--context-parallel-size", args.context_parallel_size > 1, "the sequence is not split for it yet"),
-            (
-                "--reset-attention-mask",
-                args.reset_attention_mask and args.transformer_impl == "local",
-                "the local attention is causal over the whole sequence",
-            ),
-        ),
+def _engram_settings(args: argparse.Namespace) -> EngramSettings:
+    for flag, value, only in (
+        ("--engram-shard-over", args.engram_shard_over, "tensor"),
+        ("--engram-update", args.engram_update, "dense"),
+    ):
+        if value != only:
+            raise ConfigError(flag, "is not supported yet", got=value, expected=only, remedy=f"See {TABLES_PAGE}.")
+    sizes = tuple(args.engram_vocab_size)
+    layers = tuple(args.engram_layers)
+    ids = tuple(layer - 1 for layer in layers) if args.engram_layer_ids is None else tuple(args.engram_layer_ids)
+    return EngramSettings(
+        layers=layers,
+        layer_ids=ids,
+        dialect=args.engram_dialect,
+        max_order=args.engram_max_order,
+        heads=args.engram_heads,
+        vocab_sizes=sizes * (args.engram_max_order - 1) if len(sizes) == 1 else sizes,
+        dim=args.engram_dim,
+        seed=args.engram_seed,
+        pad_id=args.engram_pad_id,
+        across_documents=args.engram_across_documents,
+        lr_mult=args.engram_lr_mult,
+        wd_mult=args.engram_wd_mult,
     )
 
 
-def _check_layout(args: argparse.Namespace) -> None:
-    """What memory sites cannot serve yet; the stock model of the same flags runs."""
-    tensor_parallel = args.tensor_model_parallel_size > 1
-    _refuse(
-        args,
-        (
-            (
-                "--tensor-model-parallel-size",
-                tensor_parallel and not args.sequence_parallel,
-                "memory sites need --sequence-parallel with it",
-            ),
-            (
-                "--virtual-pipeline-model-parallel-size",
-                args.virtual_pipeline_model_parallel_size is not None,
-                "interleaved pipelines (--num-layers-per-virtual-pipeline-stage or "
-                "--num-virtual-stages-per-pipeline-rank) have no memory sites yet",
-            ),
-            ("--mtp-num-layers", args.mtp_num_layers is not None, "multi-token prediction beside sites is not tested"),
-            ("--cuda-graph-impl", args.cuda_graph_impl != "none", "a captured graph would replay one micro-batch"),
-            ("--use-megatron-fsdp", args.use_megatron_fsdp, "sites are not sharded for it"),
-            ("--use-torch-fsdp2", args.use_torch_fsdp2, "sites are not sharded for it"),
-            ("--ckpt-format", args.ckpt_format != "torch_dist", "only torch_dist carries the bank's identity"),
-            ("--spec", args.spec is not None, "sites are put into Megatron's default layer spec"),
-        ),
-    )
-
-
-def _refuse(args: argparse.Namespace, rules: tuple[tuple[str, Any, str], ...]) -> None:
-    for flag, refused, reason in rules:
-        if refused:
-            value = getattr(args, flag.removeprefix("--").replace("-", "_"))
-            raise ConfigError(flag, f"is not supported here: {reason}", got=value, remedy="Leave it out.")
+def _check_adoption(settings: GraftSettings, args: argparse.Namespace) -> None:
+    if settings.adopt_checkpoint and not (args.finetune or args.no_load_optim):
+        raise ConfigError(
+            "--graft-adopt-checkpoint", "cannot take the optimizer state of other parameters along",
+            remedy="Add --finetune (start at step 0) or --no-load-optim.",
+        )  # fmt: skip

@@ -16,16 +16,16 @@ from megatron.training.checkpointing import load_checkpoint
 from megatron.training.initialize import initialize_megatron
 
 from megatron_graft.bank.reader import open_bank
-from megatron_graft.data.memory_fetcher import MemoryFetcher, SequenceSlice
 from megatron_graft.data.tokenizer import TextTokenizer
 from megatron_graft.errors import ConfigError
 from megatron_graft.lookup.index import SuffixIndex, open_index
 from megatron_graft.memory.site import MemorySite
+from megatron_graft.training.bank_setup import check_bank_tokenizer, run_tokenizer
 from megatron_graft.training.data_provider import build_datasets
 from megatron_graft.training.evaluation import EvaluationText, Evaluator, bigram_baseline
 from megatron_graft.training.identity import checkpoint_to_load
-from megatron_graft.training.memory_setup import RunMemory, check_tokenizer, run_tokenizer
-from megatron_graft.training.run import RUN_FILE, model_config, parse_arguments
+from megatron_graft.training.memory_setup import RunMemory
+from megatron_graft.training.run import RUN_FILE, model_config, parse_arguments, rank_layout
 
 RESULT_FILE = "evaluation.json"
 # One process evaluates: its layout replaces the run's, and nothing but the weights is loaded.
@@ -47,7 +47,8 @@ def evaluate_run(
             share is read.
         extra: Megatron flags appended to the run's own.
         if_finished: return None instead if the run has not reached its last step.
-        classify_by: bank whose matches split the losses of a run without a bank of its own, for comparison.
+        classify_by: bank whose matches split the losses of a run without a bank of its own, for comparison. Those of
+            a run with banks are split by its first.
 
     Returns:
         What ``evaluation.json`` holds.
@@ -69,11 +70,13 @@ def evaluate_run(
     if if_finished and iteration < args.train_iters:
         return None
     initialize_megatron()
-    model = _loaded_model(args, memory)
+    config = model_config(args, memory)
+    model = _loaded_model(config)
     tokenizer = run_tokenizer(args)
     texts = {name: EvaluationText.read(prefix, tokenizer, _split_of(prefix, args)) for name, prefix in data.items()}
-    fetcher = MemoryFetcher(memory.bank, memory.index, SequenceSlice()) if memory else None
-    evaluator = Evaluator(model, args, tokenizer, fetcher, _classifier(memory, classify_by, args))
+    layout = rank_layout(memory, config.transformer)
+    fetcher = memory.fetcher(layout) if memory and layout else None
+    evaluator = Evaluator(model, args, tokenizer, fetcher, _classifier(memory, classify_by, tokenizer))
     seen = iteration * batch
     return {
         "iteration": iteration,
@@ -97,13 +100,13 @@ def _recorded_arguments(run_dir: Path) -> list[str]:
     return [str(argument) for argument in arguments]
 
 
-def _classifier(memory: RunMemory | None, bank: Path | None, args: argparse.Namespace) -> SuffixIndex | None:
-    if memory is not None:
-        return memory.index
+def _classifier(memory: RunMemory | None, bank: Path | None, tokenizer: TextTokenizer) -> SuffixIndex | None:
+    if memory is not None and memory.indexes:
+        return memory.indexes[0]
     if bank is None:
         return None
     opened = open_bank(bank)
-    check_tokenizer(opened, args)
+    check_bank_tokenizer(opened, tokenizer)
     return open_index(opened)
 
 
@@ -121,8 +124,7 @@ def _single_process_environment() -> None:
     os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="localhost", MASTER_PORT=str(port))
 
 
-def _loaded_model(args: argparse.Namespace, memory: RunMemory | None) -> Any:
-    config = model_config(args, memory)
+def _loaded_model(config: Any) -> Any:
     builder = config.get_builder_cls()(config)
     chunks = builder.build_distributed_models(
         pg_collection=ProcessGroupCollection.use_mpu_process_groups(), wrap_with_ddp=False

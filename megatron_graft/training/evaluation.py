@@ -166,9 +166,10 @@ class Evaluator:
 
     def _forward(self, inputs_BS: torch.Tensor, labels_BS: torch.Tensor) -> np.ndarray:
         device = torch.cuda.current_device()
-        packed = None
+        memory = None
         if self.fetcher is not None:
-            packed = self.fetcher.fetch(inputs_BS, 0).memory.packed.to(device)
+            fetched = self.fetcher.fetch(inputs_BS, 0).memory
+            memory = (fetched.packed.to(device), fetched.exchange)
         tensors = {
             "tokens": inputs_BS.to(device),
             "labels": labels_BS.to(device),
@@ -176,7 +177,7 @@ class Evaluator:
             "position_ids": torch.arange(inputs_BS.shape[1], device=device).expand_as(inputs_BS),
             "attention_mask": None,
         }
-        losses_BS = run_model(self.model, tensors, packed)
+        losses_BS = run_model(self.model, tensors, memory)
         return losses_BS.float().cpu().numpy().astype(np.float64)
 
 

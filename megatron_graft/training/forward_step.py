@@ -11,50 +11,68 @@ from megatron.core.rerun_state_machine import get_rerun_state_machine
 from megatron.training import get_args, get_timers
 
 from megatron_graft.data.look_ahead import LookAhead
+from megatron_graft.training.verification import Verifier
 
 _ON_DEVICE = ("tokens", "labels", "loss_mask", "position_ids", "attention_mask")
 _Loss = tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]
+Memory = tuple[torch.Tensor, torch.Tensor]  # packed and exchange of a MicroBatchMemory
 
 
 class ForwardStep:
-    """The function that Megatron's schedules call for every micro-batch."""
+    """The function that Megatron's schedules call for every micro-batch.
 
-    def __init__(self, look_ahead: LookAhead) -> None:
-        self.look_ahead = look_ahead
+    Args:
+        look_ahead: has the memory of every micro-batch.
+        verifier: compares it in some steps, or None.
+    """
+
+    def __init__(self, look_ahead: LookAhead, verifier: Verifier | None = None) -> None:
+        self.look_ahead, self.verifier = look_ahead, verifier
 
     def __call__(self, data_iterator: Any, model: Any) -> tuple[torch.Tensor, Callable[[torch.Tensor], _Loss]]:
         """Run the model on the iterator's next micro-batch.
 
         Returns:
             The stage's output (per-token losses ``[b, s]`` on the last stage) and the function that reduces it.
+
+        Raises:
+            VerificationError: this step's memory is compared with the reference path, and differs.
         """
         timers = get_timers()
         timers("batch-generator", log_level=2).start()
         batch = next(data_iterator)
-        packed = self.look_ahead.take(batch)
+        memory = self.look_ahead.take(batch)
+        if memory is not None:
+            self._verify(batch, memory)
         tensors: dict[str, Any] = {
             name: batch[name].cuda(non_blocking=True) if batch.get(name) is not None else None for name in _ON_DEVICE
         }
         timers("batch-generator").stop()
-        output = run_model(model, tensors, packed)
+        output = run_model(model, tensors, memory)
         return output, partial(masked_loss, tensors["loss_mask"])
 
+    def _verify(self, batch: dict[str, Any], memory: Memory) -> None:
+        step = get_args().curr_iteration + 1  # the steps that are done, until this one is
+        if self.verifier is not None and self.verifier.is_due(step):
+            self.verifier.check(step, batch["tokens"], *memory)
 
-def run_model(model: Any, tensors: dict[str, Any], packed: torch.Tensor | None) -> torch.Tensor:
+
+def run_model(model: Any, tensors: dict[str, Any], memory: Memory | None) -> torch.Tensor:
     """Call a GPT model on one micro-batch.
 
     Args:
         model: the (wrapped) model of this pipeline stage.
         tensors: ``tokens``, ``position_ids``, ``labels``, ``loss_mask`` ``[b, s]`` and ``attention_mask`` (or None).
-        packed: the micro-batch's packed memory, or None on a stage without sites.
+        memory: the micro-batch's, or None on a stage without sites.
     """
+    carried = None if memory is None else {"context": memory[0], "context_mask": memory[1]}
     return model(
         tensors["tokens"],
         tensors["position_ids"],
         tensors["attention_mask"],
         labels=tensors["labels"],
         loss_mask=tensors["loss_mask"],
-        extra_block_kwargs=None if packed is None else {"context": packed},
+        extra_block_kwargs=carried,
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,8 @@ from megatron.core import dist_checkpointing
 from megatron.training.checkpointing import get_checkpoint_name, get_checkpoint_tracker_filename
 
 from megatron_graft.errors import IdentityError
-from megatron_graft.training.memory_setup import RunMemory
+from megatron_graft.memory.site import SiteConfig
+from megatron_graft.training.memory_setup import RunEngram, RunMemory
 
 ARGUMENT = "graft_identity"
 
@@ -21,19 +23,50 @@ def memory_identity(memory: RunMemory | None) -> dict[str, Any] | None:
     if memory is None:
         return None
     return {
-        "bank": memory.bank.digest,
-        "tokenizer": memory.bank.tokenizer_fingerprint,
-        "layers": list(memory.layers),
-        "row_dim": memory.site.row_dim,
-        "conv_kernel": memory.site.conv_kernel,
-        "conv_dilation": memory.site.conv_dilation,
+        "tokenizer": memory.tokenizer.fingerprint,
+        "banks": [bank.digest for bank in memory.banks],
+        "engram": _engram_identity(memory.engram),
+        "sites": {str(layer): _site_identity(site) for layer, site in sorted(memory.sites.items())},
+    }
+
+
+def _site_identity(site: SiteConfig) -> dict[str, Any]:
+    graft, engram = site.reading.graft, site.reading.engram
+    both = graft is not None and engram is not None
+    return {
+        "bank": graft and graft.bank,
+        "columns": graft and list(graft.columns),
+        "engram_rows": engram and engram.num_rows,
+        "combine": ("exclusive" if site.reading.exclusive else "sum") if both else None,
+        "gate": site.gate,
+        "conv_kernel": site.conv_kernel,
+        "conv_dilation": site.conv_dilation,
+    }
+
+
+def _engram_identity(engram: RunEngram | None) -> dict[str, Any] | None:
+    if engram is None:
+        return None
+    config = engram.config
+    return {
+        "dialect": config.dialect.name,
+        "max_order": config.max_order,
+        "heads": config.heads,
+        "vocab_sizes": list(config.vocab_sizes),
+        "dim": config.dim,
+        "seed": config.seed,
+        "pad_id": config.pad_id,
+        "across_documents": config.across_documents,
+        "layer_ids": [list(pair) for pair in config.layer_ids],
+        "compressed_vocabulary": engram.vocabulary.digest,
     }
 
 
 def check_checkpoint_identity(args: argparse.Namespace, identity: dict[str, Any] | None) -> None:
     """Compare ``identity`` with that of the checkpoint that ``--load`` would continue, if there is one.
 
-    Reads the checkpoint's common part only, in every process by itself, before any collective.
+    Reads the checkpoint's common part only, in every process by itself, before any collective. With
+    ``--graft-adopt-checkpoint`` a difference is what is wanted: then what either side lacks is passed over.
 
     Raises:
         IdentityError: the checkpoint was trained with another memory (or with one where this run has none, or the
@@ -46,20 +79,30 @@ def check_checkpoint_identity(args: argparse.Namespace, identity: dict[str, Any]
     saved = getattr(saved_args, ARGUMENT, None)
     if saved == identity:
         return
+    if args.graft_adopt_checkpoint:
+        args.dist_ckpt_strictness = "log_all"
+        return
+    adopt = "or add --graft-adopt-checkpoint to start from its other parameters"
     if saved is None or identity is None:
         raise IdentityError(
             f"--load {args.load}", "was trained with a memory" if saved else "was trained without a memory",
-            got=f"bank {saved['bank']}" if saved else "no bank",
-            expected=f"bank {identity['bank']}" if identity else "no bank",
-            remedy="Give the run the checkpoint's memory (--graft-bank, --graft-layers), or start without --load.",
+            got=_described(saved), expected=_described(identity),
+            remedy=f"Give the run the checkpoint's memory (--graft-bank, --graft-layers, --engram-layers), {adopt}.",
         )  # fmt: skip
     name = next(key for key in identity if saved.get(key) != identity[key])
     raise IdentityError(
-        f"--load {args.load}", f"was trained with another {name} of its memory", got=saved.get(name),
-        expected=identity[name],
-        remedy="Point --graft-bank (and the other --graft-* flags, and --bank-rows) at what the checkpoint was trained "
-        "with, or start without --load.",
+        f"--load {args.load}", f"was trained with other {name} of its memory", got=json.dumps(saved.get(name)),
+        expected=json.dumps(identity[name]),
+        remedy="Point --graft-bank (and the other --graft-* and --engram-* flags, and --bank-rows) at what the "
+        f"checkpoint was trained with, {adopt}.",
     )  # fmt: skip
+
+
+def _described(identity: dict[str, Any] | None) -> str:
+    if identity is None:
+        return "no memory"
+    parts = [f"bank {digest}" for digest in identity.get("banks", [])]
+    return ", ".join([*parts, *(["hashed tables"] if identity.get("engram") else [])])
 
 
 def checkpoint_to_load(args: argparse.Namespace) -> Path | None:
@@ -79,13 +122,13 @@ def check_same_on_all_ranks(identity: dict[str, Any] | None) -> None:
     """Compare the identity over all ranks: node-local copies of a bank can differ.
 
     Raises:
-        IdentityError: on every rank, with the digests by rank.
+        IdentityError: on every rank, with what differs by rank.
     """
-    digests: list[Any] = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(digests, identity and identity["bank"])
-    if len(set(digests)) > 1:
-        table = ", ".join(f"rank {rank}: {digest}" for rank, digest in enumerate(digests))
+    identities: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(identities, identity)
+    if any(other != identities[0] for other in identities):
+        table = ", ".join(f"rank {rank}: {_described(other)}" for rank, other in enumerate(identities))
         raise IdentityError(
-            "--graft-bank", "is not the same bank on all ranks", got=table,
-            remedy="Copy one bank to every node, and give every rank the same --bank-rows.",
+            "--graft-bank", "does not give all ranks the same memory", got=table,
+            remedy="Copy one bank to every node, and give every rank the same flags.",
         )  # fmt: skip

@@ -1,147 +1,254 @@
-"""Opening the bank of a run and checking that it belongs to the run's tokenizer and model."""
+"""Opening the memory of a run: its banks, its hashed tables and what every site reads of them."""
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 from dataclasses import dataclass
-from pathlib import Path
 
-from megatron_graft.bank.node_copy import node_copy
 from megatron_graft.bank.reader import Bank, open_bank
-from megatron_graft.data.sidecar import read_sidecar
-from megatron_graft.data.tokenizer import TextTokenizer, load_tokenizer
-from megatron_graft.errors import BankError, ConfigError, IdentityError
+from megatron_graft.data.memory_fetcher import MemoryFetcher, MemorySources
+from megatron_graft.data.memory_layout import EngramReading, GraftReading, MemoryLayout, SiteReading
+from megatron_graft.data.token_compression import CompressedVocabulary, compress_vocabulary
+from megatron_graft.data.tokenizer import TextTokenizer
+from megatron_graft.errors import ConfigError
 from megatron_graft.log import get_logger
+from megatron_graft.lookup.hashing import NgramHasher, open_hasher
 from megatron_graft.lookup.index import SuffixIndex, open_index
 from megatron_graft.memory.site import SiteConfig
-from megatron_graft.training.arguments import GraftSettings
+from megatron_graft.ngram.hashing import DIALECTS, EngramConfig, LayerHash, layer_hashes
+from megatron_graft.training.bank_setup import check_tokenizer, checked_banks, open_run_bank, run_tokenizer
+from megatron_graft.training.settings import EngramSettings, GraftSettings
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunEngram:
+    """The hashed tables of a run.
+
+    Attributes:
+        config: their sizes and dialect.
+        vocabulary: compressed token ids.
+        hashes: constants by layer number.
+    """
+
+    config: EngramConfig
+    vocabulary: CompressedVocabulary
+    hashes: dict[int, LayerHash]
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunMemory:
-    """The memory of a run: its bank, how it is searched, and what its sites are.
+    """The memory of a run.
 
     Attributes:
-        bank: the open bank.
-        index: its suffix index.
-        layers: global, 1-based layer numbers of the sites.
-        site: configuration shared by the sites.
+        banks: the open banks.
+        indexes: the suffix index of each.
+        engram: the hashed tables, or None.
+        sites: configuration of every site, by global, 1-based layer number.
+        tokenizer: the run's.
+        lookup: implementation of lookup and hashing.
+        threads: of lookup, hashing and gather.
     """
 
-    bank: Bank
-    index: SuffixIndex
-    layers: tuple[int, ...]
-    site: SiteConfig
+    banks: tuple[Bank, ...]
+    indexes: tuple[SuffixIndex, ...]
+    engram: RunEngram | None
+    sites: dict[int, SiteConfig]
+    tokenizer: TextTokenizer
+    lookup: str
+    threads: int
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """Layer numbers of the sites, ascending."""
+        return tuple(sorted(self.sites))
+
+    def fetcher(self, layout: MemoryLayout, *, pin: bool = False) -> MemoryFetcher:
+        """What fetches the memory of a rank with the given layout."""
+        sources = self._sources(layout, self.banks, self.indexes, self.lookup)
+        return MemoryFetcher(sources, layout, pin=pin)
+
+    def reference_fetcher(self, layout: MemoryLayout) -> MemoryFetcher:
+        """The same by the slow, plain implementations of everything, to compare with. Holds all keys in memory."""
+        banks = tuple(open_bank(bank.path, rows=bank.num_rows, gather="reference") for bank in self.banks)
+        indexes = tuple(open_index(bank, "reference") for bank in banks)
+        sources = self._sources(layout, banks, indexes, "reference")
+        return MemoryFetcher(dataclasses.replace(sources, implementation="reference"), layout)
+
+    def _sources(
+        self, layout: MemoryLayout, banks: tuple[Bank, ...], indexes: tuple[SuffixIndex, ...], lookup: str
+    ) -> MemorySources:
+        hashers = {rows.layer_number: self._hasher(rows.layer_number, lookup) for rows in layout.engrams}
+        pairs = tuple(zip(banks, indexes, strict=True))
+        return MemorySources(banks=pairs, hashers=hashers, eod=self.tokenizer.eod)
+
+    def _hasher(self, layer: int, implementation: str) -> NgramHasher:
+        if self.engram is None:
+            raise RuntimeError(f"the site of layer {layer} reads a table and the run has none")
+        return open_hasher(
+            self.engram.config,
+            self.engram.hashes[layer],
+            self.engram.vocabulary.ids,
+            eod=self.tokenizer.eod,
+            implementation=implementation,  # type: ignore[arg-type]
+            threads=self.threads,
+        )
 
 
 def open_run_memory(settings: GraftSettings, args: argparse.Namespace) -> RunMemory | None:
     """Open and check everything that the sites will need; None for the stock model.
 
     Raises:
-        BankError: the bank cannot be used.
-        IdentityError: the bank was made for another tokenizer than the run's or its data's.
-        ConfigError: the sequence is shorter than an n-gram, or the bank has fewer rows than asked for.
-        StorageError: the bank cannot be copied to the node.
+        BankError: a bank cannot be used.
+        IdentityError: a bank was made for another tokenizer than the run's or its data's.
+        ConfigError: the sequence is shorter than an n-gram, a bank has fewer rows than asked for, a site wants donor
+            layers that its bank does not have, or a tensor-parallel rank would have no part in a site.
+        StorageError: a bank cannot be copied to the node.
+        TokenizerError: the tokenizer cannot be read.
     """
-    if settings.bank is None:
+    if not settings.has_sites:
         return None
-    bank = open_bank(settings.bank)  # cheap: what does not fit the run is refused before anything is copied or read
-    if settings.bank_rows is not None and settings.bank_rows > bank.num_rows:
-        raise ConfigError(
-            "--bank-rows", f"is more than the bank {bank.path} has", got=settings.bank_rows,
-            expected=f"at most {bank.num_rows}", remedy="Leave it out to use all rows.",
-        )  # fmt: skip
-    _check_normalised(bank, settings)
-    check_tokenizer(bank, args)
-    if args.seq_length < bank.max_order:
-        raise ConfigError(
-            "--seq-length", "is shorter than the bank's longest n-gram", got=args.seq_length,
-            expected=f"at least {bank.max_order}", remedy="Lengthen it, or build a bank with shorter --orders.",
-        )  # fmt: skip
-    bank = _open_run_bank(settings.bank, settings)
-    site = SiteConfig(
-        row_layout=bank.row_layout,
-        conv_kernel=settings.conv_kernel,
-        conv_dilation=settings.conv_dilation or bank.max_order,
-        seed=args.seed,
-        init_std=args.init_method_std,
-    )
-    index = open_index(
+    tokenizer = run_tokenizer(args)
+    checked = checked_banks(settings, tokenizer)
+    check_tokenizer(tokenizer, args)
+    engram = _open_engram(settings.engram, tokenizer) if settings.engram else None
+    sites = {
+        reading.layer_number: _site_config(reading, settings, args) for reading in _readings(settings, checked, engram)
+    }
+    _check_sequence(sites, args)
+    _check_shares(sites, args)
+    # What does not fit the run has been refused: only now may there be much to copy and read.
+    banks = tuple(open_run_bank(bank.path, settings) for bank in checked)
+    indexes = tuple(_open_run_index(bank, settings) for bank in banks)
+    for bank in banks:
+        get_logger().info(
+            "bank %s: %s rows x %d, identity %s", bank.path, f"{bank.num_rows:,}", bank.row_dim, bank.digest
+        )
+    return RunMemory(
+        banks=banks, indexes=indexes, engram=engram, sites=sites, tokenizer=tokenizer, lookup=settings.lookup,
+        threads=settings.bank_lookup_threads,
+    )  # fmt: skip
+
+
+def _open_run_index(bank: Bank, settings: GraftSettings) -> SuffixIndex:
+    return open_index(
         bank,
         settings.lookup,  # type: ignore[arg-type]
         pages="huge" if settings.bank_huge_pages else "file",
         threads=settings.bank_lookup_threads,
     )
-    get_logger().info("bank %s: %s rows x %d, identity %s", bank.path, f"{bank.num_rows:,}", bank.row_dim, bank.digest)
-    return RunMemory(bank=bank, index=index, layers=settings.layers, site=site)
 
 
-def _open_run_bank(path: Path, settings: GraftSettings) -> Bank:
-    """The run's bank, or of it the rows that the run uses, from the node's copy if one is wanted."""
-    if settings.bank_node_copy is not None:
-        path = node_copy(path, settings.bank_node_copy)
-    return open_bank(
-        path,
-        verify=settings.verify_bank,  # type: ignore[arg-type]
-        rows=settings.bank_rows,
-        threads=settings.bank_lookup_threads,
+def _open_engram(settings: EngramSettings, tokenizer: TextTokenizer) -> RunEngram:
+    if settings.pad_id is not None and not 0 <= settings.pad_id < tokenizer.vocab_size:
+        raise ConfigError(
+            "--engram-pad-id", "is outside the tokenizer's vocabulary", got=settings.pad_id,
+            expected=f"0 to {tokenizer.vocab_size - 1}",
+        )  # fmt: skip
+    vocabulary = compress_vocabulary(tokenizer)
+    config = EngramConfig(
+        dialect=DIALECTS[settings.dialect],
+        max_order=settings.max_order,
+        heads=settings.heads,
+        vocab_sizes=settings.vocab_sizes,
+        dim=settings.dim,
+        seed=settings.seed,
+        pad_id=tokenizer.eod if settings.pad_id is None else settings.pad_id,
+        across_documents=settings.across_documents,
+        layer_ids=tuple(sorted(zip(settings.layers, settings.layer_ids, strict=True))),
+    )
+    hashes = layer_hashes(config, vocabulary.size)
+    rows = sum(layer.num_rows for layer in hashes.values())
+    get_logger().info(
+        "engram: %d tables, %s rows x %d = %s trained parameters; %s token ids compressed to %s",
+        len(hashes), f"{rows:,}", config.head_dim, f"{rows * config.head_dim:,}", f"{tokenizer.vocab_size:,}",
+        f"{vocabulary.size:,}",
+    )  # fmt: skip
+    return RunEngram(config=config, vocabulary=vocabulary, hashes=hashes)
+
+
+def _readings(settings: GraftSettings, banks: tuple[Bank, ...], engram: RunEngram | None) -> list[SiteReading]:
+    """What each site of the run reads, by layer."""
+    grafts = {
+        layer: _graft_reading(settings.bank_of_site(site), banks, settings.donor_layers[site])
+        for site, layer in enumerate(settings.layers)
+    }
+    tables = _table_readings(engram) if engram else {}
+    return [
+        SiteReading(
+            layer_number=layer,
+            graft=grafts.get(layer),
+            engram=tables.get(layer),
+            exclusive=settings.combine == "exclusive",
+        )
+        for layer in sorted(grafts.keys() | tables.keys())
+    ]
+
+
+def _table_readings(engram: RunEngram) -> dict[int, EngramReading]:
+    config = engram.config
+    return {
+        layer: EngramReading(
+            num_rows=hash_.num_rows,
+            num_heads=config.num_heads,
+            head_dim=config.head_dim,
+            max_order=config.max_order,
+        )
+        for layer, hash_ in engram.hashes.items()
+    }
+
+
+def _graft_reading(number: int, banks: tuple[Bank, ...], donor_layers: tuple[int, ...] | None) -> GraftReading:
+    bank = banks[number]
+    held = bank.manifest.identity.donor.layers
+    wanted = held if donor_layers is None else donor_layers
+    places = [held.index(layer) for layer in wanted if layer in held]
+    if len(places) < len(wanted) or places != list(range(places[0], places[0] + len(places))):
+        raise ConfigError(
+            "--graft-donor-layers", f"names layers that do not stand side by side in the bank {bank.path}",
+            got=",".join(map(str, wanted)), expected=f"adjacent ones of {','.join(map(str, held))}, in that order",
+            remedy="Choose others, or build a bank with these --donor-layers.",
+        )  # fmt: skip
+    ends = [sum(bank.row_layout.widths[: place + 1]) for place in range(len(held))]
+    first = ends[places[0]] - bank.row_layout.widths[places[0]]
+    return GraftReading(
+        bank=number, columns=(first, ends[places[-1]]), row_layout=bank.row_layout, max_order=bank.max_order
     )
 
 
-def _check_normalised(bank: Bank, settings: GraftSettings) -> None:
-    if not bank.manifest.identity.processing.normalised and not settings.allow_raw_bank:
-        raise BankError(
-            bank.path, "holds raw rows, whose scale differs by orders of magnitude between n-grams",
-            remedy="Rebuild it without --raw, or accept it with --graft-allow-raw-bank.",
+def _site_config(reading: SiteReading, settings: GraftSettings, args: argparse.Namespace) -> SiteConfig:
+    return SiteConfig(
+        reading=reading,
+        gate=settings.gate,  # type: ignore[arg-type]
+        conv_kernel=settings.conv_kernel,
+        conv_dilation=settings.conv_dilation or reading.max_order,
+        seed=args.seed,
+        init_std=args.init_method_std,
+    )
+
+
+def _check_sequence(sites: dict[int, SiteConfig], args: argparse.Namespace) -> None:
+    longest = max(site.reading.max_order for site in sites.values())
+    if args.seq_length < longest:
+        raise ConfigError(
+            "--seq-length", "is shorter than the memory's longest n-gram", got=args.seq_length,
+            expected=f"at least {longest}",
+            remedy="Lengthen it, build a bank with shorter --orders, or lower --engram-max-order.",
         )  # fmt: skip
 
 
-def run_tokenizer(args: argparse.Namespace) -> TextTokenizer:
-    """The tokenizer file that Megatron's ``--tokenizer-model`` names, as ours."""
-    if not args.tokenizer_model:
-        raise ConfigError("--tokenizer-model", "is required: the bank's n-grams are ids of one tokenizer")
-    path = Path(args.tokenizer_model)
-    return load_tokenizer(path / "tokenizer.json" if path.is_dir() else path)
-
-
-def check_tokenizer(bank: Bank, args: argparse.Namespace) -> None:
-    """Compare the bank's tokenizer with the run's, and with the sidecar of every data set.
-
-    Raises:
-        IdentityError: they differ.
-    """
-    tokenizer = run_tokenizer(args)
-    if tokenizer.fingerprint != bank.tokenizer_fingerprint:
-        raise IdentityError(
-            f"--tokenizer-model {args.tokenizer_model}", f"is not the tokenizer of the bank {bank.path}",
-            got=tokenizer.fingerprint, expected=bank.tokenizer_fingerprint,
-            remedy="Use the bank's tokenizer, or rebuild the bank with this one.",
-        )  # fmt: skip
-    for prefix in data_prefixes(args):
-        sidecar = read_sidecar(prefix)
-        if sidecar is None:
-            get_logger().warning(
-                "%s has no tokenizer fingerprint beside it: that its ids are this tokenizer's is taken on trust", prefix
-            )
-        elif sidecar.fingerprint != bank.tokenizer_fingerprint:
-            raise IdentityError(
-                f"data set {prefix}", f"was tokenised by another tokenizer than the bank {bank.path}",
-                got=sidecar.fingerprint, expected=bank.tokenizer_fingerprint,
-                remedy="Tokenise the data again with the bank's tokenizer, or rebuild the bank on this data.",
-            )  # fmt: skip
-
-
-def data_prefixes(args: argparse.Namespace) -> list[str]:
-    """Every data set prefix named by the run's flags (weights of blends left out)."""
-    prefixes: list[str] = []
-    for value in (args.data_path, args.train_data_path, args.valid_data_path, args.test_data_path):
-        prefixes += [item for item in value or [] if not _is_number(item)]
-    return list(dict.fromkeys(prefixes))
-
-
-def _is_number(text: str) -> bool:
-    try:
-        float(text)
-    except ValueError:
-        return False
-    return True
+def _check_shares(sites: dict[int, SiteConfig], args: argparse.Namespace) -> None:
+    """Refuse tensor-parallel ranks that would be left without a part of a site's work or of its table."""
+    for layer, site in sorted(sites.items()):
+        graft, engram = site.reading.graft, site.reading.engram
+        shared = {f"rows of layer {layer}'s table": engram.num_rows} if engram else {}
+        if not args.sequence_parallel:
+            shared |= {f"columns that layer {layer} reads of its bank": graft.width} if graft else {}
+            shared |= {f"heads of layer {layer}'s table": engram.num_heads} if engram else {}
+        for what, number in shared.items():
+            if number < args.tensor_model_parallel_size:
+                raise ConfigError(
+                    "--tensor-model-parallel-size", f"leaves a rank none of the {number} {what}",
+                    got=args.tensor_model_parallel_size, expected=f"at most {number}",
+                    remedy="Use fewer ranks or a larger memory; under --sequence-parallel columns and heads are whole.",
+                )  # fmt: skip

@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 from megatron.core.enums import ModelType
-from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 from megatron.training import pretrain, training
 from megatron.training.argument_utils import gpt_config_from_args, pretrain_cfg_container_from_args
 from megatron.training.arguments import parse_and_validate_args
@@ -24,14 +23,16 @@ from megatron.training.arguments import parse_and_validate_args
 from megatron_graft.compat.megatron import require_megatron, use_shipped_dataset_helpers
 from megatron_graft.compat.optimizer_restart import mend_optimizer_restart
 from megatron_graft.compat.optional import describe_optional_packages
+from megatron_graft.compat.parameter_groups import use_table_overrides
 from megatron_graft.compat.rebind import rebind
 from megatron_graft.data.look_ahead import LookAhead
-from megatron_graft.data.memory_fetcher import MemoryFetcher, SequenceSlice
+from megatron_graft.data.memory_layout import MemoryLayout
 from megatron_graft.data.transfer import CudaTransfer, HostTransfer
 from megatron_graft.files import write_json_atomically
 from megatron_graft.log import get_logger
 from megatron_graft.models.gpt import layer_spec_factory
-from megatron_graft.training.arguments import GraftSettings, add_graft_arguments, graft_settings
+from megatron_graft.models.stage import stage_layout, stage_sites
+from megatron_graft.training.arguments import add_graft_arguments, graft_settings
 from megatron_graft.training.data_provider import DatasetProvider
 from megatron_graft.training.forward_step import ForwardStep
 from megatron_graft.training.identity import (
@@ -42,6 +43,9 @@ from megatron_graft.training.identity import (
 )
 from megatron_graft.training.memory_setup import RunMemory, open_run_memory
 from megatron_graft.training.metrics import RunMetrics
+from megatron_graft.training.resharding import check_resharding
+from megatron_graft.training.settings import GraftSettings
+from megatron_graft.training.verification import Verifier
 
 RUN_FILE = "run.json"
 METRICS_FILE = "metrics.jsonl"
@@ -60,9 +64,12 @@ def parse_arguments() -> tuple[argparse.Namespace, GraftSettings, RunMemory | No
         extra_args_provider=add_graft_arguments, args_defaults={"dataloader_type": "external"}
     )
     settings = graft_settings(args)
+    if settings.engram is not None:
+        use_table_overrides(settings.engram.lr_mult, settings.engram.wd_mult)
     memory = open_run_memory(settings, args)
     identity = memory_identity(memory)
     check_checkpoint_identity(args, identity)
+    check_resharding(args)
     setattr(args, ARGUMENT, identity)
     return args, settings, memory
 
@@ -70,38 +77,26 @@ def parse_arguments() -> tuple[argparse.Namespace, GraftSettings, RunMemory | No
 def model_config(args: argparse.Namespace, memory: RunMemory | None) -> Any:
     """Megatron's GPT configuration of the run, with our layer spec in it."""
     config = gpt_config_from_args(args)
-    config.transformer_layer_spec = layer_spec_factory(memory.layers if memory else (), memory.site if memory else None)
+    config.transformer_layer_spec = layer_spec_factory(memory.sites if memory else {})
     return config
 
 
+def rank_layout(memory: RunMemory | None, transformer_config: Any) -> MemoryLayout | None:
+    """What a micro-batch brings to this rank; None if no site lies on its pipeline stage. Process groups must exist."""
+    sites = stage_sites(memory.sites, transformer_config) if memory else {}
+    return stage_layout(sites, transformer_config) if sites else None
+
+
 def build_look_ahead(
-    args: argparse.Namespace, settings: GraftSettings, memory: RunMemory | None, transformer_config: Any
+    args: argparse.Namespace, settings: GraftSettings, memory: RunMemory | None, layout: MemoryLayout | None
 ) -> LookAhead:
-    """The look-ahead of this rank: it fetches only if one of the run's sites lies on this pipeline stage.
-
-    Called once process groups exist.
-    """
-    from megatron.core import parallel_state
-
+    """The look-ahead of this rank: it fetches only if one of the run's sites lies on this pipeline stage."""
     on_cuda = torch.device(torch.cuda.current_device()).type == "cuda"
     transfer = CudaTransfer(torch.device("cuda", torch.cuda.current_device())) if on_cuda else HostTransfer()
     per_step = args.global_batch_size // (args.micro_batch_size * args.data_parallel_size)
     depth = settings.look_ahead or max(2, per_step)
-    fetcher = None
-    if memory is not None and sites_on_this_stage(args, memory.layers, transformer_config):
-        ranks = parallel_state.get_tensor_model_parallel_world_size() if args.sequence_parallel else 1
-        part = parallel_state.get_tensor_model_parallel_rank() if ranks > 1 else 0
-        fetcher = MemoryFetcher(memory.bank, memory.index, SequenceSlice(part=part, parts=ranks), pin=on_cuda)
+    fetcher = memory.fetcher(layout, pin=on_cuda) if memory and layout else None
     return LookAhead(fetcher, transfer, depth)
-
-
-def sites_on_this_stage(args: argparse.Namespace, layers: tuple[int, ...], transformer_config: Any) -> list[int]:
-    """Which of the given global layer numbers this pipeline stage holds."""
-    from megatron.core.transformer.transformer_block import get_num_layers_to_build
-
-    first = get_transformer_layer_offset(transformer_config) + 1
-    count = get_num_layers_to_build(transformer_config)
-    return [layer for layer in layers if first <= layer < first + count]
 
 
 def run_pretraining() -> None:
@@ -138,9 +133,13 @@ class _DeferredSetup:
         self._last_logged = -1
 
     @functools.cached_property
-    def look_ahead(self) -> LookAhead:
+    def layout(self) -> MemoryLayout | None:
         check_same_on_all_ranks(getattr(self.args, ARGUMENT))
-        return build_look_ahead(self.args, self.settings, self.memory, self.transformer)
+        return rank_layout(self.memory, self.transformer)
+
+    @functools.cached_property
+    def look_ahead(self) -> LookAhead:
+        return build_look_ahead(self.args, self.settings, self.memory, self.layout)
 
     @functools.cached_property
     def metrics(self) -> RunMetrics:
@@ -149,7 +148,8 @@ class _DeferredSetup:
             self.settings.run_dir.mkdir(parents=True, exist_ok=True)
             path = self.settings.run_dir / METRICS_FILE
         layers = self.memory.layers if self.memory else ()
-        return RunMetrics(self.look_ahead, layers, self.memory.bank.max_order if self.memory else 0, path)
+        max_orders = [bank.max_order for bank in self.memory.banks] if self.memory else []
+        return RunMetrics(self.look_ahead, layers, max_orders, path)
 
     def after_model_is_built(self, model: list[Any]) -> list[Any]:
         self.metrics.attach(model)
@@ -166,7 +166,10 @@ class _DeferredSetup:
 
     @functools.cached_property
     def _step(self) -> ForwardStep:
-        return ForwardStep(self.look_ahead)
+        verifier = None
+        if self.memory and self.layout and self.settings.verify_every:
+            verifier = Verifier(self.memory.reference_fetcher(self.layout), self.settings.verify_every, self.args.rank)
+        return ForwardStep(self.look_ahead, verifier)
 
     def forward_step(self, data_iterator: Any, model: Any) -> Any:
         return self._step(data_iterator, model)

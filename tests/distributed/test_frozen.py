@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 from megatron_graft.bank.reader import open_bank
-from tests.helpers.layouts import STEPS
+from tests.helpers.layouts import STEPS, WORLDS
 from tests.helpers.saved_tensors import digests, read_checkpoint, read_gradients
-from tests.helpers.tiny_run import MANY_ROWS, NUM_ROWS, Finished, World, launch
+from tests.helpers.tiny_run import DONOR_WIDTH, MANY_ROWS, NUM_ROWS, Finished, World, launch
 
 
 def size_of(directory: Path) -> int:
@@ -20,7 +20,7 @@ def size_of(directory: Path) -> int:
 def on_many_rows(world: World) -> Finished:
     """The same run on a bank with four times the rows."""
     directory = world.directory / "many-rows"
-    flags = [*world.flags(world.many_rows), "--train-iters", STEPS, "--exit-interval", 1]
+    flags = [*world.flags(world.many_rows), *WORLDS["exclusive"], "--train-iters", STEPS, "--exit-interval", 1]
     return launch(directory, [*flags, "--save", directory / "checkpoints"]).require_success()
 
 
@@ -38,8 +38,12 @@ def test_no_parameter_or_saved_tensor_has_the_shape_of_the_bank(world: World, fr
     assert any(".exp_avg." in key for key in saved)
     for name, tensor in (parameters | saved).items():
         assert not {NUM_ROWS, NUM_ROWS * bank.row_dim} & set(tensor.shape), name
-    of_sites = sorted(tuple(tensor.shape) for name, tensor in parameters.items() if ".memory." in name)
-    assert of_sites == sorted([(64, 24), (64, 24), (64,), (64,), (64,), (4, 64)] * 2)
+    own = [(64,), (64,), (64,), (4, 64)]
+    graft, engram = [(64, DONOR_WIDTH)] * 2, [(64, 45)] * 2  # three orders of 15 elements
+    shapes = sorted(tuple(tensor.shape) for name, tensor in parameters.items() if ".memory." in name)
+    tables = [shape for shape in shapes if shape[1:] == (5,)]  # 15 elements over three heads
+    assert len(tables) == 2 and min(tables)[0] > 3 * (101 + 67 + 53), "trained, and no bank's"
+    assert sorted(shapes) == sorted([*own * 3, *graft * 2, *engram * 2, *tables])
 
 
 def test_a_larger_bank_makes_no_larger_checkpoint(world: World, fresh: Finished, on_many_rows: Finished) -> None:

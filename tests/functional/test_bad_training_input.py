@@ -92,6 +92,7 @@ def cases(world: World, scratch: Path) -> dict[str, Case]:
         "sound, stock": Case(flags=(), message=None),
         "other tokenizer": other_tokenizer(world, scratch),
         "other data": other_data(world, scratch),
+        **table_cases(memory),
         **{
             name: Case(
                 flags=("--graft-bank", bank, "--graft-layers", 2, "--graft-verify-bank", "full"),
@@ -110,11 +111,11 @@ def cases(world: World, scratch: Path) -> dict[str, Case]:
         ),
         "short sequence": Case(
             flags=(*memory, "--seq-length", 3, "--max-position-embeddings", 3),
-            message=r"--seq-length: is shorter than the bank's longest .* \(got 3; expected at least 4\)\. Lengthen",
+            message=r"--seq-length: is shorter than the memory's longest .* \(got 3; expected at least 4\)\. Lengthen",
         ),
         "tensor parallel": Case(
             flags=(*memory, "--tensor-model-parallel-size", 2),
-            message=r"--tensor-model-parallel-size: .* memory sites need --sequence-parallel with it \(got 2\)\. Leave",
+            message=r"--tensor-model-parallel-size: .*mixture of experts .* --sequence-parallel only \(got 2\)\. Add",
             processes=2,
         ),
         "tensor parallel, sound": Case(
@@ -130,6 +131,35 @@ def cases(world: World, scratch: Path) -> dict[str, Case]:
             flags=("--dataloader-type", "cyclic"),
             message=r"--dataloader-type: is not supported here: .* \(got cyclic\)\. Leave",
         ),
+    }
+
+
+def table_cases(memory: tuple[Any, ...]) -> dict[str, Case]:
+    """Cases of hashed tables, and of donor layers."""
+    tables = ("--engram-layers", 2, "--engram-vocab-size", 101)
+    return {
+        "donor layers": Case(
+            flags=(*memory, "--graft-donor-layers", "4,12"),
+            message=r"--graft-donor-layers: names layers that do not stand side by side in the bank .* \(got 4,12; "
+            r"expected adjacent ones of 4,8, in that order\)\. Choose",
+        ),
+        "table size": Case(
+            flags=(*tables, "--engram-heads", 3),
+            message=r"--engram-dim: .* \(got 512; expected a positive multiple of the 3 heads\)",
+        ),
+        "pad id": Case(
+            flags=(*tables, "--engram-pad-id", 9999),
+            message=r"--engram-pad-id: is outside the tokenizer's vocabulary \(got 9999; expected 0 to \d+\)",
+        ),
+        "table sharding": Case(
+            flags=(*tables, "--engram-shard-over", "expert"),
+            message=r"--engram-shard-over: is not supported yet \(got expert; expected tensor\)\. See docs/engram",
+        ),
+        "table optimizer": Case(
+            flags=(*tables, "--optimizer", "sgd"),
+            message=r"--optimizer: is not supported here: trainable tables .* \(got sgd\)\. Use --optimizer adam",
+        ),
+        "sound, tables": Case(flags=tables, message=None),
     }
 
 
@@ -153,7 +183,7 @@ def other_data(world: World, scratch: Path) -> Case:
     prefix, ours = dataset_prefix(scratch / "other"), load_tokenizer(world.tokenizer)
     return Case(
         flags=("--graft-bank", world.bank, "--graft-layers", 2, "--data-path", prefix),
-        message=rf"data set {prefix}: was tokenised by another tokenizer than the bank {world.bank} "
+        message=rf"data set {prefix}: was tokenised by another tokenizer than {ours.path} "
         rf"\(got {other.fingerprint}; expected {ours.fingerprint}\)\. Tokenise the data again",
     )
 
@@ -187,7 +217,7 @@ def printed(world: World, all_cases: dict[str, Case], tmp_path_factory: pytest.T
 
 NAMES = (
     "other tokenizer", "other data", *BROKEN, "no bank", "layer outside", "short sequence", "tensor parallel",
-    "virtual pipeline", "other loader",
+    "virtual pipeline", "other loader", "donor layers", "table size", "pad id", "table sharding", "table optimizer",
 )  # fmt: skip
 
 
@@ -198,7 +228,7 @@ def test_the_entry_point_refuses(name: str, all_cases: dict[str, Case], printed:
     Printed(code=printed[name]["code"], error=printed[name]["error"]).require(message)
 
 
-@pytest.mark.parametrize("name", ["sound", "sound, stock", "tensor parallel, sound"])
+@pytest.mark.parametrize("name", ["sound", "sound, stock", "sound, tables", "tensor parallel, sound"])
 def test_what_differs_from_it_by_the_fault_alone_is_let_through(name: str, printed: dict[str, Any]) -> None:
     assert printed[name]["code"] == 77, printed[name]["error"][-3000:]
 

@@ -204,7 +204,7 @@ def test_the_report_repeats_what_was_measured(prepared: Job) -> None:
     held_out, bank = evaluation["data"]["heldout"], open_bank(prepared.work / "bank")
     assert report["config"]["steps"] == STEPS
     assert report["tokens"]["seen"] == STEPS * GLOBAL_BATCH_SIZE * SEQ_LENGTH
-    assert report["bank"]["digest"] == evaluation["memory"]["bank"] == bank.digest
+    assert report["bank"]["digest"] == bank.digest and evaluation["memory"]["banks"] == [bank.digest]
     assert report["held_out"]["loss"] == pytest.approx(held_out["loss"], rel=1e-4)
     assert report["held_out"]["memory_off"]["loss"] == pytest.approx(held_out["memory_off"]["loss"], rel=1e-4)
     hit_rate = 1 - held_out["by_order"]["miss"]["tokens"] / held_out["tokens"]
@@ -286,6 +286,32 @@ def test_without_a_bank_the_stock_model_is_trained_evaluated_and_reported(prepar
     assert losses[0] == with_memory[0] and losses[-1] != with_memory[-1]
 
 
+SMALL_TABLES = {"ENGRAM_VOCAB_SIZE": "97", "ENGRAM_DIM": "32"}
+
+
+def test_hashed_tables_are_trained_evaluated_and_reported_with_and_without_a_bank(prepared: Job) -> None:
+    run_script(prepared, "--graft-combine", "sum", RUN_NAME="both", ENGRAM_LAYERS="3", **SMALL_TABLES).ok()
+    run_script(prepared, RUN_NAME="tables", GRAFT_BANK="none", ENGRAM_LAYERS="2 3", **SMALL_TABLES).ok()
+    both, tables = report_of(prepared, "both"), report_of(prepared, "tables")
+    assert (both["arm"], tables["arm"]) == ("memory + hashed tables (sum)", "hashed tables")
+    assert both["engram"]["layer_ids"] == [[3, 2]] and both["bank"]["num_rows"] == NUM_ROWS
+    assert tables["engram"]["layer_ids"] == [[2, 1], [3, 2]] and tables["bank"] is None
+    graft = report_of(prepared, "graft_moe")
+    losses = [[record["lm loss"] for record in read_records(prepared.run_directory(name))]
+              for name in ("graft_moe", "both", "tables")]  # fmt: skip
+    assert losses[0][0] == losses[1][0] == losses[2][0], "fresh sites add nothing, whatever they read"
+    assert len({run[-1] for run in losses}) == 3
+    for report in (both, tables):
+        rows = 16 * 97  # at least: primes from there on
+        in_tables = rows * 32 // 8 * len(report["engram"]["layer_ids"])
+        assert report["parameters"]["memory_sites"] > in_tables
+        assert report["held_out"]["memory_off"]["loss"] != report["held_out"]["loss"]
+        orders = [
+            {order: part["tokens"] for order, part in run["held_out"]["by_order"].items()} for run in (report, graft)
+        ]
+        assert orders[0] == orders[1], "all arms are split by the one bank's matches"
+
+
 def test_packed_rows_a_prefix_a_node_copy_and_threads_train_and_are_evaluated(prepared: Job, tmp_path: Path) -> None:
     packed, rows = tmp_path / "int8", NUM_ROWS // 2
     command = [
@@ -302,7 +328,7 @@ def test_packed_rows_a_prefix_a_node_copy_and_threads_train_and_are_evaluated(pr
     whole, used = open_bank(packed), open_bank(packed, rows=rows)
     assert whole.row_layout.dtype.name == "int8" and used.digest != whole.digest
     assert (tmp_path / "node" / whole.digest / "index.qbt").is_file()
-    assert evaluation_of(prepared, "packed")["memory"]["bank"] == used.digest
+    assert evaluation_of(prepared, "packed")["memory"]["banks"] == [used.digest]
     report = report_of(prepared, "packed")["bank"]
     assert (report["digest"], report["num_rows"]) == (used.digest, rows)
     losses = [record["lm loss"] for record in read_records(prepared.run_directory("packed"))]
@@ -366,4 +392,4 @@ def test_the_installed_package_does_the_whole_job_in_an_empty_directory(
     assert str(REPOSITORY) not in ended.output.replace(sys.prefix, "")
     assert set(file.name for file in tmp_path.iterdir()) == {"work", "runs", "output.txt"}
     assert report_of(elsewhere, "graft_moe")["config"]["steps"] == 4
-    assert evaluation_of(elsewhere, "graft_moe")["memory"]["bank"] == open_bank(elsewhere.work / "bank").digest
+    assert evaluation_of(elsewhere, "graft_moe")["memory"]["banks"] == [open_bank(elsewhere.work / "bank").digest]

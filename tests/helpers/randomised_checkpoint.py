@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-SEED = 11
+SEED = 30
 
 
 def main() -> None:
@@ -67,11 +67,11 @@ class Measurement:
     """The model on the global batch that a run from this checkpoint trains first."""
 
     def __init__(self, model: Any, args: Any, memory: Any) -> None:
-        from megatron_graft.data.memory_fetcher import MemoryFetcher, SequenceSlice
         from megatron_graft.training.data_provider import build_datasets
+        from megatron_graft.training.run import rank_layout
 
         self.model, self.args, self.memory = model.train(), args, memory
-        self.fetcher = MemoryFetcher(memory.bank, memory.index, SequenceSlice())
+        self.fetcher = memory.fetcher(rank_layout(memory, model.config))
         train, _, _ = build_datasets(args, (args.train_iters * args.global_batch_size, 0, 0))
         first = args.consumed_train_samples
         self.samples = [train[index] for index in range(first, first + args.global_batch_size)]
@@ -85,7 +85,7 @@ class Measurement:
         for site in sites_of(self.model):
             site.bypassed = True
         bypassed, _ = self.loss_and_gradients()
-        oracle = SiteOracle(self.memory.bank)
+        oracle = SiteOracle(self.memory)
         for site in sites_of(self.model):
             site.bypassed = False
             site.forward = functools.partial(self._ask, oracle, site)
@@ -97,7 +97,7 @@ class Measurement:
             "oracle_loss": oracle_loss, "oracle_gradients": oracle_gradients,
         }  # fmt: skip
 
-    def _ask(self, oracle: Any, site: Any, hidden_SBH: Any, packed: Any) -> Any:
+    def _ask(self, oracle: Any, site: Any, hidden_SBH: Any, packed: Any, exchange: Any) -> Any:
         oracle.tokens_BS = self.tokens_BS
         return oracle.forward(site, hidden_SBH)
 
@@ -129,7 +129,8 @@ class Measurement:
         positions = torch.arange(tokens_BS.shape[1]).expand_as(tokens_BS)
         tensors = {"tokens": tokens_BS, "labels": labels_BS, "position_ids": positions}
         tensors |= {"loss_mask": torch.ones(tokens_BS.shape), "attention_mask": None}
-        return run_model(self.model, tensors, self.fetcher.fetch(tokens_BS, 0).memory.packed)
+        memory = self.fetcher.fetch(tokens_BS, 0).memory
+        return run_model(self.model, tensors, (memory.packed, memory.exchange))
 
     def reach_of_a_token(self) -> dict[str, float]:
         """Largest change of any logit before, and of those from there on, when one token is another."""

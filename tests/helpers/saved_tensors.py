@@ -3,46 +3,64 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import re
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import torch
 from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.default_planner import _EmptyStateDictLoadPlanner
 from torch.distributed.checkpoint.state_dict_loader import _load_state_dict
 
-Axis = Literal["none", "tensor", "expert", "pipeline"]
-_COLUMN = ("word_embeddings.weight", "output_layer.weight", "linear_qkv.weight")
+_COLUMN = ("word_embeddings.weight", "output_layer.weight", "linear_qkv.weight", "engram.table")
 _ROW = ("linear_proj.weight", "linear_fc2.weight")
 _GATED_COLUMN = "linear_fc1.weight"  # each rank holds its part of the gate, then its part of the value
+_MEMORY_COLUMNS = re.compile(r"\.memory\.(graft|engram)\.(key|value)_weight$")
 
 
-def read_gradients(checkpoints: Path, iteration: int, axis: Axis = "none") -> dict[str, list[torch.Tensor]]:
+@dataclass(frozen=True, kw_only=True)
+class Split:
+    """Over how many ranks a model is split, and how."""
+
+    tensor: int = 1
+    pipeline: int = 1
+    expert: int = 1
+    sequence_parallel: bool = False
+
+    def file_of(self, tensor: int, pipeline: int, expert: int) -> str:
+        """The file that Megatron writes the gradients of a rank to."""
+        name = f"mp_rank_{tensor:02d}"
+        name += f"_{pipeline:03d}" if self.pipeline > 1 else ""
+        return name + (f"_{expert:03d}" if self.expert > 1 else "") + ".pth"
+
+
+def read_gradients(checkpoints: Path, iteration: int, split: Split | None = None) -> dict[str, list[torch.Tensor]]:
     """What ``--save-wgrads-interval`` wrote at an iteration: parameter name -> every copy of its whole gradient.
 
     Args:
         checkpoints: the run's ``--save``.
         iteration: of the step.
-        axis: over which ranks the model was split; along it sharded parameters are joined, replicated ones are copies.
+        split: over which ranks the model was split; sharded parameters are joined, replicated ones are copies.
     """
-    files = sorted((checkpoints / "wgrads" / f"iter_{iteration:07d}").glob("*.pth"))
-    ranks = [torch.load(file)["model_chunk0"] for file in files]
-    if len(ranks) != (1 if axis == "none" else 2):
-        raise AssertionError(f"{len(ranks)} gradient files below {checkpoints} for axis {axis}")
-    if axis == "tensor":
-        return {name: _join([rank[name] for rank in ranks], name) for name in ranks[0]}
+    split, directory = split or Split(), checkpoints / "wgrads" / f"iter_{iteration:07d}"
+    if len(files := list(directory.glob("*.pth"))) != split.tensor * split.pipeline * split.expert:
+        raise AssertionError(f"{len(files)} gradient files in {directory} for {split}")
     copies: dict[str, list[torch.Tensor]] = {}
-    for index, rank in enumerate(ranks):
-        for name, gradient in rank.items():
-            copies.setdefault(_global_name(name, index, axis, ranks), []).append(gradient)
+    for pipeline, expert in itertools.product(range(split.pipeline), range(split.expert)):
+        ranks = [
+            torch.load(directory / split.file_of(t, pipeline, expert))["model_chunk0"] for t in range(split.tensor)
+        ]
+        for name in ranks[0]:
+            whole = _join([rank[name] for rank in ranks], name, split) if split.tensor > 1 else [ranks[0][name]]
+            copies.setdefault(_global_name(name, pipeline, expert, ranks[0]), []).extend(whole)
     return copies
 
 
-def _join(parts: list[torch.Tensor], name: str) -> list[torch.Tensor]:
+def _join(parts: list[torch.Tensor], name: str, split: Split) -> list[torch.Tensor]:
     if name.endswith(_COLUMN):
         return [torch.cat(parts)]
-    if name.endswith(_ROW):
+    if name.endswith(_ROW) or (_MEMORY_COLUMNS.search(name) and not split.sequence_parallel):
         return [torch.cat(parts, dim=1)]
     if name.endswith(_GATED_COLUMN):
         gates, values = zip(*(part.chunk(2) for part in parts), strict=True)
@@ -50,12 +68,12 @@ def _join(parts: list[torch.Tensor], name: str) -> list[torch.Tensor]:
     return parts
 
 
-def _global_name(name: str, index: int, axis: Axis, ranks: list[dict[str, torch.Tensor]]) -> str:
-    pattern = {"pipeline": r"(?<=layers\.)\d+", "expert": r"(?<=local_experts\.)\d+"}.get(axis)
-    if pattern is None:
-        return name
-    first = {int(found.group()) for other in ranks[0] if (found := re.search(pattern, other))}
-    return re.sub(pattern, lambda found: str(int(found.group()) + index * len(first)), name)
+def _global_name(name: str, pipeline: int, expert: int, rank: dict[str, torch.Tensor]) -> str:
+    """Layers and experts are numbered from 0 on each rank, and each rank has equally many."""
+    for pattern, place in ((r"(?<=layers\.)\d+", pipeline), (r"(?<=local_experts\.)\d+", expert)):
+        here = len({found.group() for other in rank if (found := re.search(pattern, other))})
+        name = re.sub(pattern, lambda found, first=place * here: str(int(found.group()) + first), name)
+    return name
 
 
 def largest_difference(actual: torch.Tensor, expected: torch.Tensor) -> float:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import os
 import socket
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-SITE_LAYERS, VOCAB, POSITIONS, EOD = (2, 3), 32, 24, 0
+SITE_LAYERS, VOCAB, POSITIONS = (1, 3, 4), 32, 24
 
 
 def observe(bank_path: Path) -> dict[str, Any]:
@@ -19,18 +20,19 @@ def observe(bank_path: Path) -> dict[str, Any]:
 
     _start_megatron()
     from megatron_graft.bank.reader import open_bank
-    from megatron_graft.data.memory_fetcher import MemoryFetcher, SequenceSlice
-    from megatron_graft.lookup.index import open_index
-    from megatron_graft.memory.site import SiteConfig
     from megatron_graft.training.evaluation import bypassed
+    from tests.helpers.memories import layout_of
 
-    bank = open_bank(bank_path)
-    fetcher = MemoryFetcher(bank, open_index(bank), SequenceSlice())
-    site = SiteConfig(row_layout=bank.row_layout, conv_kernel=4, conv_dilation=bank.max_order, seed=3, init_std=0.02)
-    stock, grafted = build(()), build(SITE_LAYERS, site)
+    memory = memory_of(open_bank(bank_path))
+    fetcher = memory.fetcher(layout_of(memory))
+    stock, grafted = build({}), build(memory.sites)
     tokens = torch.randint(1, VOCAB, (2, POSITIONS), generator=torch.Generator().manual_seed(0))
+    fetched = fetcher.fetch(tokens, 0).memory
     seen: dict[str, Any] = {
-        "hits": int((fetcher.fetch(tokens, 0).memory.order_BS > 0).sum()),
+        "hits": int((fetched.order_BS(0) > 0).sum()),
+        "table_rows": {
+            layer: site.reading.engram.num_rows for layer, site in memory.sites.items() if site.reading.engram
+        },
         "stock": _logits(stock, tokens, None),
         "fresh": _logits(grafted, tokens, fetcher),
         "stock_keys": _checkpoint_keys(stock),
@@ -45,17 +47,55 @@ def observe(bank_path: Path) -> dict[str, Any]:
     seen["changed_at_15"] = _logits(grafted, changed, fetcher)
     with bypassed(grafted):
         seen["bypassed"] = _logits(grafted, tokens, None)
-    try:
-        _logits(grafted, tokens, None)
-        seen["without_memory"] = "ran"
-    except RuntimeError as error:
-        seen["without_memory"] = str(error)
-    seen["dense_stock"] = _logits(build((), num_experts=None), tokens, None)
-    dense = build(SITE_LAYERS, site, num_experts=None)
+    for layer in SITE_LAYERS:
+        with bypassed(grafted):
+            _site_of(grafted, layer).bypassed = False
+            seen[f"layer_{layer}_alone"] = _logits(grafted, tokens, fetcher)
+    seen["without_memory"] = _error(lambda: _logits(grafted, tokens, None))
+    seen["without_exchange"] = _error(lambda: _logits(grafted, tokens, None, {"context": fetched.packed}))
+    seen["in_another_layer"] = _error(lambda: build({3: memory.sites[1]}))
+    seen["dense_stock"] = _logits(build({}, num_experts=None), tokens, None)
+    dense = build(memory.sites, num_experts=None)
     seen["dense_fresh"] = _logits(dense, tokens, fetcher)
     randomise(dense)
     seen["dense_grafted"] = _logits(dense, tokens, fetcher)
     return seen
+
+
+def memory_of(bank: Any) -> Any:
+    """A run's memory: layer 1 reads the bank, layer 3 the bank and a table, layer 4 a table."""
+    import numpy as np
+
+    from megatron_graft.data.memory_layout import SiteReading
+    from megatron_graft.data.token_compression import CompressedVocabulary
+    from megatron_graft.ngram.hashing import layer_hashes
+    from megatron_graft.training.memory_setup import RunEngram
+    from tests.helpers.memories import engram_reading, graft_reading, small_memory, small_tables
+
+    config = small_tables((3, 4)).config
+    vocabulary = CompressedVocabulary(ids=np.arange(VOCAB, dtype=np.int32), size=VOCAB)
+    engram = RunEngram(config=config, vocabulary=vocabulary, hashes=layer_hashes(config, VOCAB))
+    readings = [
+        SiteReading(layer_number=1, graft=graft_reading(bank)),
+        SiteReading(layer_number=3, graft=graft_reading(bank), engram=engram_reading(engram, 3), exclusive=True),
+        SiteReading(layer_number=4, engram=engram_reading(engram, 4)),
+    ]
+    return small_memory(*readings, banks=[bank], engram=engram, conv_dilation=bank.max_order)
+
+
+def _site_of(model: Any, layer: int) -> Any:
+    from megatron_graft.memory.site import MemorySite
+
+    (site,) = (m for m in model.modules() if isinstance(m, MemorySite) and m.layer_number == layer)
+    return site
+
+
+def _error(action: Callable[[], Any]) -> str:
+    try:
+        action()
+    except RuntimeError as error:
+        return str(error)
+    return "ran"
 
 
 def _start_megatron() -> None:
@@ -71,7 +111,7 @@ def _start_megatron() -> None:
     tensor_parallel.model_parallel_cuda_manual_seed(1234)
 
 
-def build(site_layers: tuple[int, ...], site: Any = None, num_experts: int | None = 4) -> Any:
+def build(sites: Mapping[int, Any], num_experts: int | None = 4) -> Any:
     """A fresh model; the same seed gives the same backbone."""
     import torch
     from megatron.core import tensor_parallel
@@ -97,7 +137,7 @@ def build(site_layers: tuple[int, ...], site: Any = None, num_experts: int | Non
     )  # fmt: skip
     config = GPTModelConfig(
         transformer=transformer, vocab_size=VOCAB, seq_length=POSITIONS, position_embedding_type="rope",
-        transformer_layer_spec=layer_spec_factory(site_layers, site),
+        transformer_layer_spec=layer_spec_factory(sites),
     )  # fmt: skip
     return config.get_builder_cls()(config).build_model(ProcessGroupCollection.use_mpu_process_groups())
 
@@ -113,13 +153,15 @@ def randomise(model: Any) -> None:
                 parameter += 0.5 * torch.randn(parameter.shape, generator=generator)
 
 
-def _logits(model: Any, tokens: Any, fetcher: Any) -> Any:
+def _logits(model: Any, tokens: Any, fetcher: Any, carried: dict[str, Any] | None = None) -> Any:
     import torch
 
-    packed = fetcher.fetch(tokens, 0).memory.packed if fetcher else None
+    if fetcher is not None:
+        memory = fetcher.fetch(tokens, 0).memory
+        carried = {"context": memory.packed, "context_mask": memory.exchange}
     positions = torch.arange(tokens.shape[1]).expand_as(tokens)
     with torch.no_grad():
-        return model(tokens, positions, None, extra_block_kwargs=packed is not None and {"context": packed} or None)
+        return model(tokens, positions, None, extra_block_kwargs=carried)
 
 
 def _checkpoint_keys(model: Any) -> dict[str, tuple[int, ...]]:

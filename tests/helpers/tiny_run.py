@@ -35,7 +35,7 @@ from tests.helpers.tokenizers import SENTENCES, small_sentencepiece
 
 NUM_LAYERS, SEQ_LENGTH, GLOBAL_BATCH_SIZE = 4, 64, 8
 SITE_LAYERS = (2, 3)  # under PP=2 one on each stage
-DONOR_LAYERS, DONOR_WIDTH = (4, 8), 12
+DONOR_LAYERS, DONOR_WIDTH = (4, 8), 15
 NUM_ROWS, MANY_ROWS = 400, 1600
 TIMEOUT_SECONDS = 300
 PRETRAIN = "megatron_graft.training.pretrain"
@@ -46,6 +46,8 @@ MODEL_FLAGS = (
     "--seq-length", SEQ_LENGTH, "--max-position-embeddings", SEQ_LENGTH, "--position-embedding-type", "rope",
     "--normalization", "RMSNorm", "--swiglu", "--disable-bias-linear", "--untie-embeddings-and-output-weights",
     "--attention-dropout", 0, "--hidden-dropout", 0, "--init-method-std", 0.05,
+)
+MOE_FLAGS = (
     "--num-experts", 4, "--moe-router-topk", 2, "--moe-router-load-balancing-type", "aux_loss",
     "--moe-aux-loss-coeff", 1e-2, "--moe-token-dispatcher-type", "alltoall",
 )
@@ -81,9 +83,12 @@ class World:
     bank: Path
     many_rows: Path
 
-    def flags(self, bank: Path | None = None, layers: Sequence[int] = SITE_LAYERS) -> list[str]:
+    def flags(
+        self, bank: Path | None = None, layers: Sequence[int] = SITE_LAYERS, *, experts: bool = True
+    ) -> list[str]:
         """Every flag of a run but the number of steps, the layout and the checkpoints."""
-        flags: list[Any] = [*MODEL_FLAGS, *TRAINING_FLAGS, *CPU_FLAGS, "--data-path", self.data]
+        flags: list[Any] = [*MODEL_FLAGS, *(MOE_FLAGS if experts else ()), *TRAINING_FLAGS, *CPU_FLAGS]
+        flags += ["--data-path", self.data]
         flags += ["--tokenizer-type", "SentencePieceTokenizer", "--tokenizer-model", self.tokenizer]
         flags += ["--data-cache-path", self.directory / "index-cache"]
         if bank is not None:

@@ -73,3 +73,33 @@ def test_a_scaled_value_is_element_times_the_scale_of_its_layer():
         [elements[:, 1:4].view(np.uint8), np.zeros((1, 1), np.uint8), scales.view(np.uint8)], axis=1
     )
     assert layout("int8", 2, 3).values(sliced, (1, 4)).tolist() == [[-1.0, 9.0, 300.0]]
+
+
+@pytest.mark.parametrize(
+    ("columns", "widths"),
+    [
+        ((0, 12), (4, 3, 5)),
+        ((2, 9), (2, 3, 2)),
+        ((5, 6), (0, 1, 0)),  # a layer of which nothing is wanted stays a layer
+        ((7, 12), (0, 0, 5)),
+    ],
+)
+@pytest.mark.parametrize("name", ROW_DTYPES)
+def test_a_slice_is_the_layout_of_rows_gathered_with_its_columns(name, columns, widths):
+    whole = layout(name, 4, 3, 5)
+    part = whole.sliced(columns)
+    assert (part.dtype, part.widths, part.row_dim) == (whole.dtype, widths, columns[1] - columns[0])
+    assert part.row_bytes() == whole.row_bytes(columns)
+    packed = np.random.default_rng(0).integers(0, 256, (7, part.row_bytes()), dtype=np.uint8)
+    np.testing.assert_array_equal(part.values(packed), whole.values(packed, columns))
+
+
+def test_slices_of_a_slice_are_slices_of_the_whole():
+    whole = layout("int8", 4, 3, 5)
+    assert whole.sliced((2, 9)).sliced((1, 4)) == whole.sliced((3, 6))
+
+
+@pytest.mark.parametrize("columns", [(-1, 2), (2, 2), (0, 13)])
+def test_no_layout_is_made_of_columns_that_a_row_does_not_have(columns):
+    with pytest.raises(ArrayError, match="^columns: are no columns of a row"):
+        layout("bfloat16", 4, 3, 5).sliced(columns)

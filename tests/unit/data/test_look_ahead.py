@@ -9,11 +9,11 @@ import torch
 
 from megatron_graft.bank.reader import Bank
 from megatron_graft.data.look_ahead import SEQUENCE_NUMBER, Batch, LookAhead
-from megatron_graft.data.memory_fetcher import MemoryFetcher, SequenceSlice
+from megatron_graft.data.memory_layout import MemoryLayout, SiteReading
 from megatron_graft.data.microbatch import MicroBatchMemory
 from megatron_graft.data.transfer import HostTransfer
-from megatron_graft.lookup.index import open_index
 from tests.helpers.banks import make_bank
+from tests.helpers.memories import contents, engram_reading, graft_reading, layout_of, small_memory, small_tables
 
 
 @pytest.fixture
@@ -22,8 +22,21 @@ def bank(tmp_path: Path) -> Bank:
 
 
 def look_ahead_over(bank: Bank | None, depth: int = 2) -> LookAhead:
-    fetcher = MemoryFetcher(bank, open_index(bank), SequenceSlice()) if bank else None
-    return LookAhead(fetcher, HostTransfer(), depth)
+    """Of a site that reads the bank, and a hashed table where that has no match."""
+    if bank is None:
+        return LookAhead(None, HostTransfer(), depth)
+    engram = small_tables()
+    site = SiteReading(layer_number=2, graft=graft_reading(bank), engram=engram_reading(engram), exclusive=True)
+    memory = small_memory(site, banks=[bank], engram=engram)
+    return LookAhead(memory.fetcher(layout_of(memory)), HostTransfer(), depth)
+
+
+def taken(look_ahead: LookAhead, batch: Batch) -> MicroBatchMemory:
+    """The memory of a batch of one sequence of four tokens."""
+    memory = look_ahead.take(batch)
+    assert memory is not None and look_ahead.fetcher is not None
+    layout: MemoryLayout = look_ahead.fetcher.layout
+    return MicroBatchMemory.unpack(layout, *memory, 1, 4)
 
 
 def batches(count: int) -> list[Batch]:
@@ -39,10 +52,11 @@ def test_batches_come_in_order_with_numbers_and_their_own_memory(bank: Bank) -> 
     numbers = []
     for position, batch in enumerate(look_ahead.stream(batches(7))):
         assert batch["tokens"][0, 3] == position + 4
-        packed = look_ahead.take(batch)
-        memory = MicroBatchMemory.unpack(packed, 1, 4, bank.row_layout)
+        memory = taken(look_ahead, batch)
         assert memory.sequence_number == batch[SEQUENCE_NUMBER]
-        assert memory.order_BS.tolist() == [[0, 2, 3, 0]]
+        assert memory.order_BS(0).tolist() == [[0, 2, 3, 0]]
+        assert (memory.reads_BSh(0)[..., 0] > 0).tolist() == [[True, False, False, True]]
+        assert memory.exchange.sum() > 0
         numbers.append(batch[SEQUENCE_NUMBER])
     assert numbers == list(range(7))
 
@@ -57,14 +71,10 @@ def test_two_streams_never_share_a_number(bank: Bank) -> None:
 def test_a_replayed_batch_gets_the_same_memory_again(bank: Bank) -> None:
     look_ahead = look_ahead_over(bank)
     batch = next(look_ahead.stream(batches(1)))
-    first = look_ahead.take(batch)
-    again = look_ahead.take(batch)
-    assert again is not first
-    for name in ("header", "position_BS", "inverse_BS", "order_BS"):
-        views = [getattr(MicroBatchMemory.unpack(packed, 1, 4, bank.row_layout), name) for packed in (first, again)]
-        assert torch.equal(*views)
-    rows = [MicroBatchMemory.unpack(packed, 1, 4, bank.row_layout).rows_PR[:3] for packed in (first, again)]
-    assert torch.equal(*rows)
+    first, again = taken(look_ahead, batch), taken(look_ahead, batch)
+    assert again.packed is not first.packed
+    assert torch.equal(again.header, first.header)
+    assert contents(again) == contents(first)
 
 
 def test_a_rank_without_sites_reads_tokens_and_fetches_nothing() -> None:
@@ -143,7 +153,21 @@ def test_statistics_count_training_and_not_validation(bank: Bank) -> None:
         for batch in stream:
             look_ahead.take(batch)
     statistics = look_ahead.drain_statistics()
-    assert statistics.order_counts.tolist() == [8, 0, 4, 4]
-    assert statistics.unique_rows == 8
+    assert [orders.tolist() for orders in statistics.counts.orders] == [[8, 0, 4, 4]]
+    assert statistics.counts.graft_rows == 8
+    assert statistics.counts.engram_requests == 4 * 2 * 6  # two misses of six heads in each
+    assert 0 < statistics.counts.engram_rows <= statistics.counts.engram_requests
     assert statistics.micro_batches == 4
-    assert look_ahead.drain_statistics().order_counts.sum() == 0
+    assert statistics.fetch_seconds > 0
+    fresh = look_ahead.drain_statistics().counts
+    assert (int(fresh.orders[0].sum()), fresh.graft_rows, fresh.engram_requests, fresh.engram_rows) == (0, 0, 0, 0)
+
+
+def test_drained_statistics_are_not_counted_on(bank: Bank) -> None:
+    look_ahead = look_ahead_over(bank)
+    stream = look_ahead.stream(batches(3))
+    next(stream)
+    first = look_ahead.drain_statistics()
+    list(stream)
+    assert first.counts.orders[0].tolist() == [2, 0, 1, 1]
+    assert look_ahead.drain_statistics().counts.orders[0].tolist() == [4, 0, 2, 2]

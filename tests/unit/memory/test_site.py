@@ -1,61 +1,72 @@
-from types import SimpleNamespace
+"""One site: the equations, what it may never do, and every kind of site against the oracle."""
+
+from __future__ import annotations
+
+from typing import Any
 
 import pytest
 import torch
 
 from megatron_graft.bank.row_layout import ROW_DTYPES, RowLayout
+from megatron_graft.data.memory_layout import GraftReading, MemoryLayout, SiteReading
 from megatron_graft.data.microbatch import MicroBatchMemory
-from megatron_graft.memory.site import MemorySite, SiteConfig
+from megatron_graft.data.partition import Partition
+from megatron_graft.memory.site import MemorySite
+from megatron_graft.memory.statistics import summary
+from tests.helpers.memories import HIDDEN, model_config, randomise, small_site
 
-HIDDEN, POSITIONS, SEQUENCES = 8, 10, 2
+POSITIONS, SEQUENCES = 10, 2
 BFLOAT16 = RowLayout(dtype=ROW_DTYPES["bfloat16"], widths=(6,))
 INT8 = RowLayout(dtype=ROW_DTYPES["int8"], widths=(4, 2))
 
 
+def reading_of(row_layout: RowLayout, layer_number: int = 2) -> SiteReading:
+    graft = GraftReading(bank=0, columns=(0, 6), row_layout=row_layout, max_order=3)
+    return SiteReading(layer_number=layer_number, graft=graft)
+
+
 def make_site(
-    *, conv_kernel: int = 4, layer_number: int = 2, randomised: bool = False, row_layout: RowLayout = BFLOAT16
+    *, layer_number: int = 2, randomised: bool = False, row_layout: RowLayout = BFLOAT16, **changes: Any
 ) -> MemorySite:
-    config = SimpleNamespace(
-        hidden_size=HIDDEN,
-        params_dtype=torch.float32,
-        use_cpu_initialization=True,
-        sequence_parallel=False,
-        layernorm_epsilon=1e-5,
-    )
-    site_config = SiteConfig(row_layout=row_layout, conv_kernel=conv_kernel, conv_dilation=2, seed=7, init_std=0.02)
-    site = MemorySite(config, site_config, layer_number, None)
+    site = small_site(reading_of(row_layout, layer_number), **changes)
     if randomised:
-        generator = torch.Generator().manual_seed(1)
-        with torch.no_grad():
-            for parameter in site.parameters():
-                parameter += torch.randn(parameter.shape, generator=generator)
+        randomise(site)
     return site
+
+
+def ask(site: MemorySite, hidden: torch.Tensor, memory: MicroBatchMemory) -> torch.Tensor:
+    answer: torch.Tensor = site(hidden, memory.packed, memory.exchange)
+    return answer
+
+
+def allocate(row_layout: RowLayout) -> MicroBatchMemory:
+    return MicroBatchMemory.allocate(MemoryLayout.of([reading_of(row_layout)], Partition()), 0, SEQUENCES, POSITIONS)
 
 
 def make_memory(orders: list[list[int]]) -> MicroBatchMemory:
     """One distinct random row per hit; the whole sequence is one document."""
-    memory = MicroBatchMemory.allocate(0, SEQUENCES, POSITIONS, BFLOAT16)
-    rows_PD = memory.rows_PR.view(torch.bfloat16)
+    memory = allocate(BFLOAT16)
+    rows_PD = memory.rows_PR(0).view(torch.bfloat16)
     rows_PD[1:] = torch.randn(rows_PD[1:].shape, generator=torch.Generator().manual_seed(2)).bfloat16()
     return with_orders(memory, orders)
 
 
 def make_scaled_memory(orders: list[list[int]]) -> tuple[MicroBatchMemory, torch.Tensor]:
     """The same with int8 rows; and what the rows mean, float32 ``[P + 1, D]``."""
-    memory = MicroBatchMemory.allocate(0, SEQUENCES, POSITIONS, INT8)
+    memory = allocate(INT8)
     generator = torch.Generator().manual_seed(2)
     elements = torch.randint(-127, 128, (SEQUENCES * POSITIONS + 1, 6), generator=generator, dtype=torch.int8)
     scales = torch.rand(len(elements), 2, generator=generator)
     elements[0], scales[0] = 0, 0
-    memory.rows_PR[:, :6] = elements.view(torch.uint8)
-    memory.rows_PR[:, 8:] = scales.view(torch.uint8)
+    memory.rows_PR(0)[:, :6] = elements.view(torch.uint8)
+    memory.rows_PR(0)[:, 8:] = scales.view(torch.uint8)
     return with_orders(memory, orders), elements * torch.repeat_interleave(scales, torch.tensor([4, 2]), dim=1)
 
 
 def with_orders(memory: MicroBatchMemory, orders: list[list[int]]) -> MicroBatchMemory:
-    memory.order_BS[:] = torch.tensor(orders, dtype=torch.uint8)
+    memory.order_BS(0)[:] = torch.tensor(orders, dtype=torch.uint8)
     numbered = torch.arange(1, SEQUENCES * POSITIONS + 1, dtype=torch.int32).view(SEQUENCES, POSITIONS)
-    memory.inverse_BS[:] = torch.where(memory.order_BS > 0, numbered, 0)
+    memory.inverse_BS(0)[:] = torch.where(memory.order_BS(0) > 0, numbered, 0)
     memory.position_BS[:] = torch.arange(POSITIONS, dtype=torch.int32)
     return memory
 
@@ -70,30 +81,37 @@ def hidden() -> torch.Tensor:
 
 def test_a_fresh_site_is_the_identity_bit_for_bit_and_passes_gradients_through_unchanged(hidden: torch.Tensor) -> None:
     hidden.requires_grad_()
-    out = make_site()(hidden, make_memory(HITS_FROM_POSITION_4).packed)
+    out = ask(make_site(), hidden, make_memory(HITS_FROM_POSITION_4))
     assert torch.equal(out, hidden)
     weights = torch.randn(out.shape, generator=torch.Generator().manual_seed(4))
     (out * weights).sum().backward()
-    assert torch.equal(hidden.grad, weights)
+    assert hidden.grad is not None and torch.equal(hidden.grad, weights)
+
+
+def test_a_site_of_a_bf16_model_answers_in_bf16(hidden: torch.Tensor) -> None:
+    site = make_site(model=model_config(params_dtype=torch.bfloat16))
+    out = ask(site, hidden.bfloat16(), make_memory(HITS_FROM_POSITION_4))
+    assert out.dtype == torch.bfloat16
+    assert torch.equal(out, hidden.bfloat16())
 
 
 def test_a_fresh_site_can_learn(hidden: torch.Tensor) -> None:
     site = make_site()
-    (site(hidden, make_memory(HITS_FROM_POSITION_4).packed) ** 2).sum().backward()
-    assert site.value_weight.grad.abs().max() > 0
+    (ask(site, hidden, make_memory(HITS_FROM_POSITION_4)) ** 2).sum().backward()
+    assert site.graft.value_weight.grad is not None and site.graft.value_weight.grad.any()
 
 
 def test_scaled_rows_get_no_gradient_and_parameters_do(hidden: torch.Tensor) -> None:
     site = make_site(randomised=True, row_layout=INT8)
     memory, _ = make_scaled_memory(HITS_FROM_POSITION_4)
     stored = memory.packed.clone()
-    (site(hidden, memory.packed) ** 2).sum().backward()
-    assert all(parameter.grad.abs().max() > 0 for parameter in site.parameters())
+    (ask(site, hidden, memory) ** 2).sum().backward()
+    assert all(parameter.grad is not None and parameter.grad.any() for parameter in site.parameters())
     assert memory.packed.grad is None and torch.equal(memory.packed, stored)
 
 
 def test_a_miss_adds_exactly_nothing(hidden: torch.Tensor) -> None:
-    out = make_site(conv_kernel=0, randomised=True)(hidden, make_memory(HITS_FROM_POSITION_4).packed)
+    out = ask(make_site(conv_kernel=0, randomised=True), hidden, make_memory(HITS_FROM_POSITION_4))
     assert torch.equal(out[:4], hidden[:4])
     assert (out[4:] - hidden[4:]).abs().amin() > 0
 
@@ -101,7 +119,7 @@ def test_a_miss_adds_exactly_nothing(hidden: torch.Tensor) -> None:
 def test_the_convolution_carries_a_hit_to_later_misses_only(hidden: torch.Tensor) -> None:
     orders = [[0] * POSITIONS, [0] * POSITIONS]
     orders[0][4] = 2
-    delta = make_site(randomised=True)(hidden, make_memory(orders).packed) - hidden
+    delta = ask(make_site(randomised=True), hidden, make_memory(orders)) - hidden
     reached = delta.abs().amax(dim=-1) > 0
     assert reached[:, 0].nonzero().flatten().tolist() == [4, 6, 8]  # dilation 2; the fourth tap leaves the sequence
     assert not reached[:, 1].any()
@@ -112,25 +130,25 @@ def test_the_convolution_stops_at_a_document_start(hidden: torch.Tensor) -> None
     orders[0][4] = 2
     memory = make_memory(orders)
     memory.position_BS[0, 7:] -= 7
-    delta = make_site(randomised=True)(hidden, memory.packed) - hidden
+    delta = ask(make_site(randomised=True), hidden, memory) - hidden
     assert delta[:, 0].abs().amax(dim=-1).nonzero().flatten().tolist() == [4, 6]
 
 
 def test_equals_the_equations_written_out(hidden: torch.Tensor) -> None:
     site, memory = make_site(conv_kernel=0, randomised=True), make_memory(HITS_FROM_POSITION_4)
-    out = site(hidden, memory.packed)
+    out = ask(site, hidden, memory)
     t, b = 6, 1
-    row = memory.rows_PR.view(torch.bfloat16)[int(memory.inverse_BS[b, t])].float()
+    row = memory.rows_PR(0).view(torch.bfloat16)[int(memory.inverse_BS(0)[b, t])].float()
     assert torch.allclose(out[t, b], by_the_equations(site, row, hidden[t, b]), atol=1e-6)
 
 
 def test_scaled_rows_mean_element_times_scale(hidden: torch.Tensor) -> None:
     site = make_site(conv_kernel=0, randomised=True, row_layout=INT8)
     memory, values_PD = make_scaled_memory(HITS_FROM_POSITION_4)
-    out = site(hidden, memory.packed)
+    out = ask(site, hidden, memory)
     assert torch.equal(out[:4], hidden[:4])
     for t, b in ((4, 0), (9, 1)):
-        row = values_PD[int(memory.inverse_BS[b, t])]
+        row = values_PD[int(memory.inverse_BS(0)[b, t])]
         assert torch.allclose(out[t, b], by_the_equations(site, row, hidden[t, b]), rtol=1e-5, atol=1e-5)
 
 
@@ -140,7 +158,7 @@ def by_the_equations(site: MemorySite, row: torch.Tensor, h: torch.Tensor) -> to
     def rms_norm(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         return x / (x.pow(2).mean() + 1e-5).sqrt() * weight
 
-    k, v = site.key_weight @ row, site.value_weight @ row
+    k, v = site.graft.key_weight @ row, site.graft.value_weight @ row
     gate = torch.sigmoid(rms_norm(k, site.key_norm) @ rms_norm(h, site.query_norm) / HIDDEN**0.5)
     return h + gate * v
 
@@ -148,31 +166,32 @@ def by_the_equations(site: MemorySite, row: torch.Tensor, h: torch.Tensor) -> to
 def test_bypassed_is_the_identity_whatever_the_weights(hidden: torch.Tensor) -> None:
     site = make_site(randomised=True)
     site.bypassed = True
-    assert site(hidden, make_memory(HITS_FROM_POSITION_4).packed) is hidden
-
-
-def test_a_site_draws_from_its_own_generator() -> None:
-    torch.manual_seed(0)
-    expected = torch.rand(3)
-    torch.manual_seed(0)
-    first = make_site(layer_number=2)
-    assert torch.equal(torch.rand(3), expected)  # the global generator was not touched
-    assert torch.equal(make_site(layer_number=2).key_weight, first.key_weight)
-    assert not torch.equal(make_site(layer_number=3).key_weight, first.key_weight)
+    assert ask(site, hidden, make_memory(HITS_FROM_POSITION_4)) is hidden
 
 
 def test_statistics_count_hits_gates_and_relative_change(hidden: torch.Tensor) -> None:
     site, memory = make_site(conv_kernel=0, randomised=True), make_memory(HITS_FROM_POSITION_4)
-    out = site(hidden, memory.packed).detach()
-    hits, gate, positions, relative = site.statistics.drain(torch.device("cpu")).tolist()
-    assert (hits, positions) == (12, 20)
-    assert 0 < gate < hits
-    assert relative == pytest.approx(float(((out - hidden).norm(dim=-1) / hidden.norm(dim=-1)).sum()), rel=1e-5)
-    assert site.statistics.drain(torch.device("cpu")).tolist() == [0, 0, 0, 0]
+    out = ask(site, hidden, memory).detach()
+    gates = torch.sigmoid(site._logit(site._read(memory)[0], hidden))[4:].detach()
+    sums = site.statistics.drain(torch.device("cpu")).tolist()
+    assert (sums[0], sums[2]) == (12, 20)  # positions that read, and all
+    found = summary(sums)
+    assert found["gate_mean"] == pytest.approx(float(gates.mean()), rel=1e-5)
+    relative = (out - hidden).norm(dim=-1) / hidden.norm(dim=-1)
+    assert found["delta_ratio"] == pytest.approx(float(relative.mean()), rel=1e-5)
+    assert 1 < found["participation"] < HIDDEN
+    assert not site.statistics.drain(torch.device("cpu")).any()
+
+
+def test_evaluation_is_not_counted(hidden: torch.Tensor) -> None:
+    site = make_site(randomised=True).eval()
+    ask(site, hidden, make_memory(HITS_FROM_POSITION_4))
+    assert not site.statistics.drain(torch.device("cpu")).any()
 
 
 def test_nothing_of_the_bank_is_a_parameter_or_in_the_state() -> None:
-    names = {"key_weight", "value_weight", "key_norm", "query_norm", "conv_norm", "conv_kernel"}
+    norms = {"key_norm", "query_norm", "conv_norm"}
+    names = {"graft.key_weight", "graft.value_weight", "conv_kernel", *norms}
     site = make_site()
     assert set(site.state_dict()) == names
     assert {name for name, _ in site.named_parameters()} == names

@@ -37,10 +37,9 @@ def test_every_figure_comes_from_its_file(make_run, tmp_path):
     assert report["held_out"]["beats_bigram"] is True
     assert report["hit_rate"]["training"] == {"any": 0.25, "2": 0.15, "3": 0.1}
     assert report["hit_rate"]["held_out"] == {"any": 0.5, "2": 0.3, "3": 0.2}
-    assert report["sites"] == {
-        "2": {"gate_mean": 0.2, "delta_ratio": 0.04},
-        "3": {"gate_mean": 0.3, "delta_ratio": 0.04},
-    }
+    told = {"gate_p10": 0.1, "gate_p50": 0.5, "gate_p90": 0.9, "delta_ratio": 0.04, "participation": 1.5}
+    assert report["sites"] == {"2": {"gate_mean": 0.2} | told, "3": {"gate_mean": 0.3} | told}
+    assert report["engram"] is None and report["further_banks"] == []
     # Intervals 100, 200, 300, 400 tokens/s: the first is not steady, but its time was spent all the same.
     assert report["speed"]["tokens_per_second"] == 300
     assert report["speed"]["stall_ms"] == {"median": 3.0, "max": 4.0}
@@ -70,6 +69,19 @@ def test_a_stock_run_has_no_memory_to_tell_of(make_run, tmp_path):
     assert [report[name] for name in ("bank", "hit_rate", "sites")] == [None] * 3
     assert report["held_out"]["by_order"] is None and report["held_out"]["memory_off"] is None
     assert (report["tokenizer"]["fingerprint"], report["tokenizer"]["vocab_size"]) == ("ab", 9)
+
+
+def test_a_run_with_hashed_tables_alone_tells_of_them(make_run):
+    run = make_run("tables", bank=None, engram="")
+    report = write_report(run)
+    assert (report["bank"], report["hit_rate"]) == (None, None)
+    assert report["engram"]["heads"] == 2 and report["sites"].keys() == {"2", "3"}
+    page = (run / "report.md").read_text()
+    assert "| hashed tables | deepseek, layers 2, 3, orders 2 to 3, 2 heads of 101, 67 rows or more, 8 elements" in page
+    assert "layer 3: gate 0.300 (10 % to 90 %: 0.10 to 0.90), |δ|/|h| 0.040, participation 1.5" in page.replace(
+        "\\|", "|"
+    )
+    assert "loss, memory off" in page and "hit rate" not in page
 
 
 def test_the_page_names_what_matters(make_run):

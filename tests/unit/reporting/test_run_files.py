@@ -84,15 +84,20 @@ def test_a_bank_that_is_gone_or_another_is_refused(make_run):
     with pytest.raises(BankError):
         read_run(run)
     other.rename(bank)
-    with pytest.raises(IdentityError, match="is not the bank of the run"):
+    with pytest.raises(IdentityError, match="does not hold the rows of the run"):
         read_run(run)
 
 
-@pytest.mark.parametrize(("bank", "control", "arm"), [
-    (None, None, "no memory"), ("bank", None, "memory"), ("bank", Control(kind="shuffled", seed=1), "shuffled rows"),
+SHUFFLED = Control(kind="shuffled", seed=1)
+
+
+@pytest.mark.parametrize(("bank", "control", "engram", "arm"), [
+    (None, None, None, "no memory"), ("bank", None, None, "memory"), ("bank", SHUFFLED, None, "shuffled rows"),
+    (None, None, "", "hashed tables"), ("bank", None, "", "memory + hashed tables"),
+    ("bank", SHUFFLED, "sum", "shuffled rows + hashed tables (sum)"),
 ])  # fmt: skip
-def test_an_arm_says_what_the_memory_is(make_run, bank, control, arm):
-    assert read_run(make_run("a", bank=bank, control=control)).arm == arm
+def test_an_arm_says_what_the_memory_is(make_run, bank, control, engram, arm):
+    assert read_run(make_run("a", bank=bank, control=control, engram=engram)).arm == arm
 
 
 def test_file_names_are_those_that_training_writes():

@@ -1,0 +1,266 @@
+"""Which of Megatron's dimensions memory sites serve and where that is tested, and which are refused at parsing.
+
+One table: flags are refused by it, ``docs/parallelism.md`` is written from it, and a test compares both with the
+layouts that the tests run.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from megatron_graft.errors import ConfigError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Served:
+    """A dimension that sites serve.
+
+    Attributes:
+        dimension: its name.
+        flags: what asks for it.
+        how: what sites do under it.
+        layouts: names of the tested layouts (``tests/helpers/layouts.py``) that have it.
+    """
+
+    dimension: str
+    flags: str
+    how: str
+    layouts: tuple[str, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Refused:
+    """A dimension that is refused.
+
+    Attributes:
+        dimension: its name.
+        flag: the one to blame.
+        applies: of Megatron's validated arguments: whether it is asked for.
+        why: the reason, as told to the user.
+        remedy: the way out.
+    """
+
+    dimension: str
+    flag: str
+    applies: Callable[[argparse.Namespace], Any]
+    why: str
+    remedy: str = "Leave it out."
+
+    def check(self, args: argparse.Namespace) -> None:
+        """Raise ``ConfigError`` if it is asked for."""
+        if self.applies(args):
+            value = getattr(args, self.flag.removeprefix("--").replace("-", "_"), None)
+            raise ConfigError(self.flag, f"is not supported here: {self.why}", got=value, remedy=self.remedy)
+
+
+SERVED = (
+    Served(
+        dimension="data parallel", flags="(world size)",
+        how="each rank fetches for its own samples; gradients of sites and tables are reduced by Megatron",
+        layouts=("DP=2",),
+    ),
+    Served(
+        dimension="distributed optimizer", flags="--use-distributed-optimizer",
+        how="tables and sites lie in Megatron's own buffers", layouts=("DP=2, distributed optimizer",),
+    ),
+    Served(
+        dimension="overlap of gradient reduction and parameter gather",
+        flags="--overlap-grad-reduce --overlap-param-gather", how="nothing of its own",
+        layouts=("DP=2, distributed optimizer, overlap",),
+    ),
+    Served(
+        dimension="tensor parallel with sequence parallel", flags="--tensor-model-parallel-size --sequence-parallel",
+        how="a rank fetches and computes its own S/TP positions; projections are replicated and their gradients summed "
+        "by Megatron's tag; the convolution's halo comes from the left neighbour; table rows are split over the ranks "
+        "and exchanged", layouts=("TP=2, sequence parallel", "TP=2, sequence parallel, EP=2"),
+    ),
+    Served(
+        dimension="tensor parallel without sequence parallel (dense models)", flags="--tensor-model-parallel-size",
+        how="a rank fetches a slice of every bank row's columns and whole heads of the table; row-parallel projections",
+        layouts=("dense, TP=2",),
+    ),
+    Served(
+        dimension="expert parallel", flags="--expert-model-parallel-size --moe-token-dispatcher-type",
+        how="sites are dense parameters; both dispatchers",
+        layouts=("EP=2", "EP=2, allgather", "TP=2, sequence parallel, EP=2", "PP=2, EP=2"),
+    ),
+    Served(
+        dimension="pipeline parallel", flags="--pipeline-model-parallel-size",
+        how="every stage reads tokens itself; a stage without a site fetches nothing",
+        layouts=("PP=2", "PP=2, EP=2", "TP=2, sequence parallel, PP=2"),
+    ),
+    Served(
+        dimension="gradient accumulation", flags="--global-batch-size", how="memory is an argument of each micro-batch",
+        layouts=("single", "dense, micro-batch of 4"),
+    ),
+    Served(
+        dimension="bf16 mixed precision", flags="--bf16", how="rows become bf16 at the site; fp32 main parameters",
+        layouts=("bf16", "bf16, DP=2, distributed optimizer"),
+    ),
+    Served(
+        dimension="full recompute", flags="--recompute-granularity full --recompute-method uniform",
+        how="the packed memory is a saved input of the recomputed block", layouts=("PP=2, full recompute",),
+    ),
+)  # fmt: skip
+
+REFUSED = (
+    Refused(
+        dimension="interleaved pipeline", flag="--virtual-pipeline-model-parallel-size",
+        applies=lambda args: args.virtual_pipeline_model_parallel_size is not None,
+        why="interleaved pipelines (--num-layers-per-virtual-pipeline-stage or "
+        "--num-virtual-stages-per-pipeline-rank) have no memory sites yet",
+    ),
+    Refused(
+        dimension="tensor parallel without sequence parallel (MoE models)", flag="--tensor-model-parallel-size",
+        applies=lambda args: args.tensor_model_parallel_size > 1 and not args.sequence_parallel and args.num_experts,
+        why="Megatron's mixture of experts trains under tensor parallelism with --sequence-parallel only",
+        remedy="Add --sequence-parallel.",
+    ),
+    Refused(
+        dimension="expert tensor parallel apart from tensor parallel", flag="--expert-tensor-parallel-size",
+        applies=lambda args: args.num_experts
+        and args.expert_tensor_parallel_size not in (None, args.tensor_model_parallel_size),
+        why="sites are tested with experts split as the rest of the layer",
+    ),
+    Refused(
+        dimension="multi-token prediction", flag="--mtp-num-layers",
+        applies=lambda args: args.mtp_num_layers is not None, why="multi-token prediction beside sites is not tested",
+    ),
+    Refused(
+        dimension="CUDA graphs", flag="--cuda-graph-impl", applies=lambda args: args.cuda_graph_impl != "none",
+        why="a captured graph would replay one micro-batch",
+    ),
+    Refused(
+        dimension="Megatron FSDP", flag="--use-megatron-fsdp", applies=lambda args: args.use_megatron_fsdp,
+        why="sites are not sharded for it",
+    ),
+    Refused(
+        dimension="torch FSDP2", flag="--use-torch-fsdp2", applies=lambda args: args.use_torch_fsdp2,
+        why="sites are not sharded for it",
+    ),
+    Refused(
+        dimension="fp16 mixed precision", flag="--fp16", applies=lambda args: args.fp16,
+        why="loss scaling with sites is not tested", remedy="Use --bf16, or neither.",
+    ),
+    Refused(
+        dimension="checkpoint formats but torch_dist", flag="--ckpt-format",
+        applies=lambda args: args.ckpt_format != "torch_dist", why="only torch_dist carries the memory's identity",
+    ),
+    Refused(
+        dimension="layer specs of one's own", flag="--spec", applies=lambda args: args.spec is not None,
+        why="sites are put into Megatron's default layer spec",
+    ),
+)  # fmt: skip
+
+REFUSED_WITH_TABLES = (
+    Refused(
+        dimension="optimizers but Adam, with tables", flag="--optimizer", applies=lambda args: args.optimizer != "adam",
+        why="trainable tables have Adam's learning rate and decay of their own",
+        remedy="Use --optimizer adam, or train without --engram-layers.",
+    ),
+    Refused(
+        dimension="maximal update parametrisation, with tables", flag="--use-mup",
+        applies=lambda args: getattr(args, "use_mup", False), why="it would set the tables' learning rate as well",
+    ),
+    Refused(
+        dimension="optimizer offload to the CPU, with tables", flag="--optimizer-cpu-offload",
+        applies=lambda args: getattr(args, "optimizer_cpu_offload", False),
+        why="the tables' own learning rate is not tested with it",
+    ),
+)  # fmt: skip
+
+# What our data iterator cannot serve, with or without a memory.
+REFUSED_DATA = (
+    Refused(
+        dimension="context parallel", flag="--context-parallel-size",
+        applies=lambda args: args.context_parallel_size > 1, why="the sequence is not split for it yet",
+    ),
+    Refused(
+        dimension="other data loaders", flag="--dataloader-type",
+        applies=lambda args: args.dataloader_type != "external",
+        why="the iterator is megatron-graft's own",
+    ),
+    Refused(
+        dimension="whole validation sets", flag="--full-validation", applies=lambda args: args.full_validation,
+        why="use tools/evaluate.py for a whole held-out set",
+    ),
+    Refused(
+        dimension="several validation sets", flag="--multiple-validation-sets",
+        applies=lambda args: args.multiple_validation_sets, why="use tools/evaluate.py, once per set",
+    ),
+    Refused(
+        dimension="data phases", flag="--phase-transition-iterations",
+        applies=lambda args: args.phase_transition_iterations, why="data phases are not supported",
+    ),
+    Refused(
+        dimension="packed fine-tuning data", flag="--sft", applies=lambda args: args.sft,
+        why="packed fine-tuning data is not supported",
+    ),
+    Refused(
+        dimension="packed sequences", flag="--dataloader-inter-document-masking",
+        applies=lambda args: args.dataloader_inter_document_masking, why="packed sequences",
+    ),
+    Refused(
+        dimension="attention within documents, local attention", flag="--reset-attention-mask",
+        applies=lambda args: args.reset_attention_mask and args.transformer_impl == "local",
+        why="the local attention is causal over the whole sequence",
+    ),
+)  # fmt: skip
+
+
+def check_data_flags(args: argparse.Namespace) -> None:
+    """Refuse what our data iterator cannot serve. Raises ``ConfigError``."""
+    for refused in REFUSED_DATA:
+        refused.check(args)
+
+
+def check_site_flags(args: argparse.Namespace) -> None:
+    """Refuse what memory sites cannot serve; the stock model of the same flags runs. Raises ``ConfigError``."""
+    for refused in (*REFUSED, *(REFUSED_WITH_TABLES if args.engram_layers else ())):
+        refused.check(args)
+
+
+def page() -> str:
+    """``docs/parallelism.md``."""
+    served = [
+        f"| {row.dimension} | {_code(row.flags)} | {row.how} | {', '.join(map(_code, row.layouts))} |" for row in SERVED
+    ]
+    refused = [
+        f"| {row.dimension} | `{row.flag}` | {row.why} |" for row in (*REFUSED, *REFUSED_WITH_TABLES, *REFUSED_DATA)
+    ]
+    return _PAGE.format(served="\n".join(served), refused="\n".join(refused))
+
+
+def _code(flags: str) -> str:
+    return flags if flags.startswith("(") else f"`{flags}`"
+
+
+_PAGE = """\
+# Parallel layouts
+
+Written from `megatron_graft/training/parallelism.py` by `python -m megatron_graft.training.parallelism`; a test holds
+this page to that table, and the table to the layouts that the tests train.
+
+Tested means, on gloo and CPU: from one checkpoint whose sites matter (every parameter of the memory random), the first
+step's loss and every gradient, and then ten losses, equal those of one process (`tests/distributed/test_layouts.py`).
+CUDA and NCCL are written for and have not been run.
+
+## Served
+
+| dimension | flags | what sites do | tested as |
+| --- | --- | --- | --- |
+{served}
+
+## Refused when flags are parsed
+
+| dimension | flag | why |
+| --- | --- | --- |
+{refused}
+"""
+
+
+if __name__ == "__main__":
+    print(page(), end="")
