@@ -27,7 +27,7 @@ SHELL := bash
 .SHELLFLAGS := -eu -o pipefail -c
 MAKEFLAGS += --no-print-directory
 .DEFAULT_GOAL := help
-.PHONY: help setup native pretrain pretrain-baseline pretrain-shuffled test check lint types lint-cpp lint-shell lint-docker rules \
+.PHONY: help setup native pretrain pretrain-baseline pretrain-shuffled pretrain-engram pretrain-both test check lint types lint-cpp lint-shell lint-docker rules \
         format lock wheel clean
 
 help: ## list the targets
@@ -53,6 +53,14 @@ pretrain-shuffled: native ## the same run with the bank's rows shuffled among it
 	@python tools/build_bank.py --from-bank work/bank --control shuffled --output work/bank-shuffled
 	@GRAFT_BANK=work/bank-shuffled RUN_NAME=shuffled RUN_COMMAND='make pretrain-shuffled$(WITH_ARGS)' \
 	    bash examples/pretrain_graft_moe.sh $(ARGS)
+
+pretrain-engram: native ## the same run with trainable hashed tables instead of the bank, as runs/engram
+	@GRAFT_BANK=none ENGRAM_LAYERS='2 3' RUN_NAME=engram RUN_COMMAND='make pretrain-engram$(WITH_ARGS)' \
+	    bash examples/pretrain_graft_moe.sh $(ARGS)
+
+pretrain-both: native ## the same run with the bank and hashed tables, summed, as runs/both
+	@ENGRAM_LAYERS='2 3' RUN_NAME=both RUN_COMMAND='make pretrain-both$(WITH_ARGS)' \
+	    bash examples/pretrain_graft_moe.sh --graft-combine sum $(ARGS)
 
 test: native ## run the tests
 	@python -m pytest $(TESTS)
