@@ -290,12 +290,12 @@ SMALL_TABLES = {"ENGRAM_VOCAB_SIZE": "97", "ENGRAM_DIM": "32"}
 
 
 def test_hashed_tables_are_trained_evaluated_and_reported_with_and_without_a_bank(prepared: Job) -> None:
-    run_script(prepared, "--graft-combine", "sum", RUN_NAME="both", ENGRAM_LAYERS="3", **SMALL_TABLES).ok()
-    run_script(prepared, RUN_NAME="tables", GRAFT_BANK="none", ENGRAM_LAYERS="2 3", **SMALL_TABLES).ok()
+    run_script(prepared, "--graft-combine", "sum", RUN_NAME="both", ENGRAM_LAYERS="2", **SMALL_TABLES).ok()
+    run_script(prepared, RUN_NAME="tables", GRAFT_BANK="none", ENGRAM_LAYERS="1 2", **SMALL_TABLES).ok()
     both, tables = report_of(prepared, "both"), report_of(prepared, "tables")
     assert (both["arm"], tables["arm"]) == ("memory + hashed tables (sum)", "hashed tables")
-    assert both["engram"]["layer_ids"] == [[3, 2]] and both["bank"]["num_rows"] == NUM_ROWS
-    assert tables["engram"]["layer_ids"] == [[2, 1], [3, 2]] and tables["bank"] is None
+    assert both["engram"]["layer_ids"] == [[2, 1]] and both["bank"]["num_rows"] == NUM_ROWS
+    assert tables["engram"]["layer_ids"] == [[1, 0], [2, 1]] and tables["bank"] is None
     graft = report_of(prepared, "graft_moe")
     losses = [[record["lm loss"] for record in read_records(prepared.run_directory(name))]
               for name in ("graft_moe", "both", "tables")]  # fmt: skip
