@@ -58,7 +58,7 @@ using megatron_graft::view;
 using megatron_graft::writable_view;
 
 // Raised whenever a signature below changes; megatron_graft/bank/extension.py expects this very number.
-constexpr int kInterfaceVersion = 3;
+constexpr int kInterfaceVersion = 4;
 
 Pages pages_named(const std::string& name) {
     require(name == "file" || name == "huge", "there are no pages " + name);
@@ -345,11 +345,12 @@ void define_errors() {
 }  // namespace
 
 PYBIND11_MODULE(_native, module) {
-    module.doc() = "Longest-suffix lookup and row gather in C++.";
+    module.doc() = "Longest-suffix lookup, row gather, hashed n-grams and counting in C++.";
     module.attr("INTERFACE_VERSION") = kInterfaceVersion;
     define_errors();
     define_index(module);
     megatron_graft::define_hashing(module);
+    megatron_graft::define_counting(module);
 
     py::class_<ArrayRowGatherer>(module, "RowGatherer",
                                  "The rows of a bank, ready to be copied; thread-safe.")

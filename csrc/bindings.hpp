@@ -51,5 +51,7 @@ std::span<Element> writable_view(Array<Element>& array, const std::string& name)
 
 // Adds NgramHasher to the module (bindings_hash.cpp).
 void define_hashing(py::module_& module);
+// Adds count_slice and sum_partition (bindings_count.cpp).
+void define_counting(py::module_& module);
 
 }  // namespace megatron_graft

@@ -8,7 +8,7 @@ from types import ModuleType
 from megatron_graft.errors import NativeExtensionError
 
 MODULE_NAME = "megatron_graft._native"
-INTERFACE_VERSION = 3  # raised together with csrc/bindings.cpp whenever a signature changes
+INTERFACE_VERSION = 4  # raised together with csrc/bindings.cpp whenever a signature changes
 _REMEDY = "Run `make native` in a checkout, or reinstall the package."
 
 
