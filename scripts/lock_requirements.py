@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 LOCK = REPOSITORY / "requirements.lock"
-SECTIONS = ("build", "runtime", "donor", "dev")
+SECTIONS = ("build", "runtime", "donor", "cluster", "dev")
 # Parts of PyTorch that an image with a PyTorch of its own has under other names, or outside Python.
 PYTORCH_STACK = re.compile(r"torch|triton|nvidia-.*|cuda-.*")
 HEADER = """\
@@ -49,7 +49,7 @@ def declared_requirements(repository: Path = REPOSITORY) -> dict[str, list[Requi
     roots: dict[str, list[Requirement]] = {section: [] for section in SECTIONS}
     metadata = project_wheel_metadata(repository, isolated=False)
     for requirement in map(Requirement, metadata.get_all("Requires-Dist") or []):
-        for section, extra in (("runtime", ""), ("donor", "donor"), ("dev", "dev")):
+        for section, extra in (("runtime", ""), ("donor", "donor"), ("cluster", "cluster"), ("dev", "dev")):
             if requirement.marker is None or requirement.marker.evaluate({"extra": extra}):
                 roots[section].append(requirement)
                 break

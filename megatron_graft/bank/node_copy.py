@@ -18,6 +18,7 @@ from pathlib import Path
 
 from megatron_graft.bank.manifest import MANIFEST_NAME, Manifest, read_manifest
 from megatron_graft.bank.reader import open_bank
+from megatron_graft.bank.verify import Depth
 from megatron_graft.errors import BankError, BankFormatError, IdentityError, StorageError
 from megatron_graft.files import directory_in_one_step, storage_errors
 from megatron_graft.log import Progress, get_logger
@@ -26,22 +27,25 @@ _COPY_BYTES = 1 << 23
 _POLL_SECONDS = 0.2
 
 
-def node_copy(bank: Path, directory: Path) -> Path:
+def node_copy(bank: Path, directory: Path, *, verify: Depth = "header") -> Path:
     """Have a bank's files below ``directory``, copied there once whatever number of processes asks.
 
     The first process copies; the others wait for it, and all open the same files. A copy that is there already
-    is checked at header depth and used; one that fails the check is made again.
+    is checked and used; one that fails the check is made again.
 
     Args:
         bank: directory of the bank.
         directory: on the node's storage: a local disk, or a tmpfs, where the copy lives in memory that all
             processes of the node share. Made if it does not exist.
+        verify: how deeply a copy is checked, a new one before it appears and one that is there already: ``"full"``
+            reads all of it back and compares digests.
 
     Returns:
         Directory of the copy, for :func:`~megatron_graft.bank.reader.open_bank`.
 
     Raises:
         BankError, BankIncompleteError, BankVersionError, BankFormatError: the bank itself cannot be used.
+        BankFormatError: the new copy is not what the manifest says; it is not left behind.
         IdentityError: the bank was replaced while it was copied.
         StorageError: ``directory`` cannot be written, cannot be locked or has no room for the bank; no part of a
             copy is left behind.
@@ -52,8 +56,8 @@ def node_copy(bank: Path, directory: Path) -> Path:
     _make_directory(directory)
     with _exclusive(copy.with_suffix(".lock"), copy, _num_bytes(bank, manifest)):
         _remove_scratch(copy)
-        if not _is_sound(copy, manifest):
-            _copy(bank, copy, manifest)
+        if not _is_sound(copy, manifest, verify):
+            _copy(bank, copy, manifest, verify)
     return copy
 
 
@@ -137,12 +141,12 @@ def _remove_scratch(copy: Path) -> None:
             get_logger().warning("%s is what a killed process left; it stays: %s", scratch, error.strerror)
 
 
-def _is_sound(copy: Path, manifest: Manifest) -> bool:
-    """Whether the copy is there and passes the header check; removes one that does not."""
+def _is_sound(copy: Path, manifest: Manifest, verify: Depth) -> bool:
+    """Whether the copy is there and passes the check; removes one that does not."""
     if not copy.exists():
         return False
     try:
-        if open_bank(copy).digest == manifest.digest:
+        if open_bank(copy, verify=verify).digest == manifest.digest:
             get_logger().info("bank copy %s is there already", copy)
             return True
         reason = "another bank lies there"
@@ -158,7 +162,7 @@ def _is_sound(copy: Path, manifest: Manifest) -> bool:
     return False
 
 
-def _copy(bank: Path, copy: Path, manifest: Manifest) -> None:
+def _copy(bank: Path, copy: Path, manifest: Manifest, verify: Depth) -> None:
     sizes = _files(bank, manifest)
     total = sum(sizes.values())
     free = shutil.disk_usage(copy.parent).free
@@ -181,7 +185,21 @@ def _copy(bank: Path, copy: Path, manifest: Manifest) -> None:
         found = read_manifest(scratch).digest
         if found != manifest.digest:
             raise IdentityError(bank, "was replaced while it was copied", got=found, expected=manifest.digest)
+        if verify != "header":
+            _read_back(scratch, bank, verify)
     progress.finish()
+
+
+def _read_back(scratch: Path, bank: Path, verify: Depth) -> None:
+    """Check a copy that has not appeared yet. What it finds may be the bank's own fault, or the storage's."""
+    try:
+        open_bank(scratch, verify=verify)
+    except BankFormatError as error:
+        raise BankFormatError(
+            scratch,
+            f"is no true copy of {bank}: {error}",
+            remedy=f"Check {bank} with tools/verify_bank.py; if it is sound, the node's storage or memory is not.",
+        ) from error
 
 
 def _copy_file(source: Path, target: Path, progress: Progress) -> int:

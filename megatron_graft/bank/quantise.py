@@ -13,8 +13,8 @@ import numpy as np
 from megatron_graft.bank.bf16 import float32_from_bf16
 from megatron_graft.errors import ConfigError
 
-BUILD_DTYPES = ("bfloat16", "int8")
-"""What :func:`stored_as` can make."""
+BUILD_DTYPES = ("bfloat16", "float16", "int8")
+"""What a bank can be built as; int8 is made of bfloat16 rows by :func:`stored_as`."""
 _INT8_MAX = np.float32(127)
 _CHUNK_ROWS = 1 << 16
 
@@ -38,7 +38,7 @@ def stored_as(row_dtype: str, layers: Mapping[int, np.ndarray]) -> StoredRows:
     """Bring bfloat16 rows into the type that a bank is to hold.
 
     Args:
-        row_dtype: one of :data:`BUILD_DTYPES`.
+        row_dtype: ``bfloat16``, which they are already, or ``int8``.
         layers: donor layer -> uint16 ``[N, D]``, bfloat16 bits, finite.
 
     Raises:
@@ -47,7 +47,7 @@ def stored_as(row_dtype: str, layers: Mapping[int, np.ndarray]) -> StoredRows:
     if row_dtype == "bfloat16":
         return StoredRows(row_dtype=row_dtype, layers=layers)
     if row_dtype != "int8":
-        raise ConfigError("row_dtype", "cannot be built", got=row_dtype, expected=" or ".join(BUILD_DTYPES))
+        raise ConfigError("row_dtype", "cannot be built", got=row_dtype, expected="bfloat16 or int8")
     pairs = {layer: _int8_chunks(rows) for layer, rows in layers.items()}
     return StoredRows(
         row_dtype=row_dtype,

@@ -1,144 +1,110 @@
-"""The whole way from data sets to a bank: count -> select -> encode -> assemble."""
+"""A whole build on this machine: plan -> count -> select -> pack -> encode -> assemble -> report."""
 
 from __future__ import annotations
 
+import contextlib
 import os
+import shutil
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 import megatron_graft
-from megatron_graft.bank.manifest import (
-    MAX_VOCAB_SIZE,
-    Control,
-    DonorIdentity,
-    Manifest,
-    Processing,
-    TokenizerIdentity,
-)
-from megatron_graft.bank.quantise import BUILD_DTYPES, StoredRows, stored_as
+from megatron_graft.bank.manifest import Control, Manifest
+from megatron_graft.bank.quantise import StoredRows
 from megatron_graft.bank.reader import Bank, open_bank
 from megatron_graft.bank.writer import write_bank
+from megatron_graft.building.build_plan import BankBuildConfig, BuildPlan, check_inputs_unchanged, keep_plan, make_plan
 from megatron_graft.building.controls import control_rows
-from megatron_graft.building.count import OrderCounts, check_orders, count_ngrams
-from megatron_graft.building.documents import MegatronDocuments
-from megatron_graft.building.encode import Encoder, rows_from_states
-from megatron_graft.building.select import NgramTokenizer, Selection, select_ngrams
-from megatron_graft.errors import BankError, BankVersionError, ConfigError
+from megatron_graft.building.encode import Encoder
+from megatron_graft.building.existing import existing_bank
+from megatron_graft.building.pool import CountingPool
+from megatron_graft.building.room import check_room_of_plan
+from megatron_graft.building.select import NgramTokenizer
+from megatron_graft.building.stages import BuildStages, ReportOn
+from megatron_graft.building.tasks import BuildLog, Stage, remaining_stages, run_stage, work_lock
+from megatron_graft.errors import BankError
 from megatron_graft.log import format_seconds, get_logger
 
-_MAKE_ROOM = "Remove it or choose another --output."
 
-
-@dataclass(frozen=True, kw_only=True)
-class BankBuildConfig:
-    """What to build. Every field but ``output`` and the paths in ``data_prefixes`` can change the result."""
-
-    data_prefixes: tuple[str, ...]
-    """Megatron data sets to count, without ``.bin``/``.idx``."""
-    split: str | None
-    """``--split`` of the training run, so that only its training share is counted; None counts everything."""
-    orders: tuple[int, ...]
-    """Lengths of the n-grams: ascending, without a gap, 2 to 8."""
-    num_rows: int
-    """How many n-grams to keep, over all orders."""
-    min_count: int
-    """Rarer n-grams are never kept."""
-    donor_layers: tuple[int, ...]
-    """Donor blocks, counted from 1, whose outputs stand side by side in a row; 0 is the embedding."""
-    raw: bool
-    """Keep the donor's states as they are, neither centred nor normalised."""
-    control: Control | None
-    """Make a control bank instead of the real one."""
-    row_dtype: str
-    """What rows are stored as: ``bfloat16``, or ``int8`` with a scale for every row and donor layer."""
-    output: Path
-    """The bank's directory."""
-
-
-def build_bank(config: BankBuildConfig, *, tokenizer: NgramTokenizer, encoder: Encoder) -> Manifest:
-    """Build a bank, or return the manifest of the one that was already built with the same settings.
+def build_bank(
+    config: BankBuildConfig,
+    *,
+    tokenizer: NgramTokenizer,
+    encoder: Encoder,
+    sources: Mapping[str, Any] | None = None,
+    report_on: Callable[[BuildPlan], ReportOn] | None = None,
+    keep_work: bool = False,
+) -> Manifest:
+    """Build a bank, go on with a build that was interrupted, or return the manifest of the bank that is there already.
 
     Args:
         config: what to build.
         tokenizer: the recipient's. That it made the data sets is for the caller to check; ids outside its
             vocabulary are refused here.
         encoder: the donor.
+        sources: kept in the plan for commands that run single stages.
+        report_on: makes the last stage's function from the plan.
+        keep_work: leave the work directory where it is.
 
     Raises:
         ConfigError: the configuration is unusable.
-        BankError: ``config.output`` holds something else, or no n-gram qualifies.
-        DataError: a data set cannot be read.
+        BankError: the output or the work directory holds something else, another process builds there, or no n-gram
+            qualifies.
+        DataError: a data set cannot be read, or changed under a half-done build.
         DonorError: the donor lacks a layer or cannot read a text.
-        StorageError: the bank could not be written; nothing is left behind.
+        PlatformError: a worker process died.
+        StorageError: the build does not fit the disk, or something could not be written. What is done is kept, and the
+            bank is whole or absent.
     """
-    check_orders(config.orders)
-    for flag, value in (("--num-rows", config.num_rows), ("--min-count", config.min_count)):
-        if value < 1:
-            raise ConfigError(flag, "is too small", got=value, expected="at least 1")
-    if config.row_dtype not in BUILD_DTYPES:
-        raise ConfigError("--row-dtype", "cannot be built", got=config.row_dtype, expected=" or ".join(BUILD_DTYPES))
-    if tokenizer.vocab_size > MAX_VOCAB_SIZE:
-        largest = f"at most {MAX_VOCAB_SIZE}"
-        raise ConfigError("--tokenizer-model", "has too many tokens", got=tokenizer.vocab_size, expected=largest)
-    encoder.check_layers(config.donor_layers)
-    documents = MegatronDocuments(config.data_prefixes, split=config.split, vocab_size=tokenizer.vocab_size)
-    settings = _settings(config, documents, tokenizer, encoder)
+    plan = make_plan(config, tokenizer=tokenizer, encoder=encoder, sources=sources)
     if config.output.exists():
-        return _existing(config.output, settings).manifest
-    clock = _Clock()
-    counts = count_ngrams(documents, orders=config.orders, eod=tokenizer.eod, min_count=config.min_count)
-    clock.lap("count")
-    selection = select_ngrams(counts, tokenizer, config.num_rows)
-    clock.lap("select")
-    processing = Processing(centred=not config.raw, normalised=not config.raw)
-    rows = _encode(config, encoder, selection.texts, processing, clock)
-    manifest = write_bank(
-        config.output,
-        keys=selection.keys,
-        layers=rows.layers,
-        scales=rows.scales,
-        row_dtype=rows.row_dtype,
-        threads=len(os.sched_getaffinity(0)),
-        tokenizer=TokenizerIdentity(
-            fingerprint=tokenizer.fingerprint, vocab_size=tokenizer.vocab_size, eod=tokenizer.eod
-        ),
-        donor=DonorIdentity(
-            name=encoder.name,
-            revision=encoder.revision,
-            layers=config.donor_layers,
-            hidden_size=encoder.hidden_size,
-        ),
-        processing=processing,
-        control=config.control,
-        provenance={
-            "settings": settings,
-            "corpus": _corpus_facts(documents, counts),
-            "selection": _selection_facts(selection, config.orders),
-            **_build_facts(clock),
-        },
-    )
-    _announce(config.output, manifest, clock)
+        return existing_bank(config.output, plan.settings).manifest
+    check_room_of_plan(plan)
+    with work_lock(config.work, alone=True):
+        plan = keep_plan(plan, config.work)
+        stages = BuildStages(
+            plan,
+            tokenizer=lambda: tokenizer,
+            encoder=lambda: encoder,
+            report_on=report_on(plan) if report_on else None,
+        )
+        run_locally(stages, workers=config.workers)
+        manifest = open_bank(config.output).manifest
+        if not keep_work:
+            shutil.rmtree(config.work)
     return manifest
 
 
-def _encode(
-    config: BankBuildConfig, encoder: Encoder, texts: Sequence[str], processing: Processing, clock: _Clock
-) -> StoredRows:
-    """Rows of every layer, as they are to be stored."""
-    states = encoder.encode(texts, config.donor_layers)
-    clock.lap("encode")
-    layers = {layer: rows_from_states(states.pop(layer), processing) for layer in config.donor_layers}
-    rows = StoredRows(row_dtype="bfloat16", layers=layers)
-    if config.control is not None:
-        rows = control_rows(rows, config.control)
-    rows = stored_as(config.row_dtype, rows.layers)
-    clock.lap("process")
-    return rows
+def run_locally(stages: BuildStages, *, workers: int) -> None:
+    """Run what is left of a build, a stage at a time.
+
+    Raises:
+        GraftError: whatever a stage finds wrong.
+        PlatformError: a worker process died.
+    """
+    left = remaining_stages(stages.all, stages.work)
+    if len(left) < len(stages.all):
+        get_logger().info("%s: going on with %s", stages.work, left[0].name if left else "nothing")
+    check_inputs_unchanged(stages.plan)
+    with contextlib.ExitStack() as stack:
+        pool: CountingPool | None = None
+        for stage in left:
+            started = time.monotonic()
+            if stage.in_pool and workers > 1:
+                pool = pool or stack.enter_context(CountingPool(stages.plan.counts, stages.work, stages.log, workers))
+                pool.run(stage)
+            else:
+                run_stage(stage, stages.work, stages.log)
+            _note(stage, stages.log, time.monotonic() - started)
+
+
+def _note(stage: Stage, log: BuildLog, seconds: float) -> None:
+    log.stage(stage.name, stage.num_tasks, seconds)
+    get_logger().info("%s: done in %s", stage.name, format_seconds(seconds))
 
 
 def build_control(source: Path, control: Control, output: Path) -> Manifest:
@@ -162,10 +128,9 @@ def build_control(source: Path, control: Control, output: Path) -> Manifest:
         )
     settings = {"from_bank": bank.digest, "control": control.kind, "seed": control.seed}
     if output.exists():
-        return _existing(output, settings).manifest
-    clock = _Clock()
-    rows = control_rows(_stored_rows(bank), control)
-    clock.lap("process")
+        return existing_bank(output, settings).manifest
+    started = time.monotonic()
+    rows = control_rows(_rows_of(bank), control)
     manifest = write_bank(
         output,
         keys=bank.keys,
@@ -177,54 +142,13 @@ def build_control(source: Path, control: Control, output: Path) -> Manifest:
         donor=identity.donor,
         processing=identity.processing,
         control=control,
-        provenance={"settings": settings, **_build_facts(clock)},
+        provenance={"settings": settings, "megatron_graft": megatron_graft.__version__},
     )
-    _announce(output, manifest, clock)
+    announce(output, manifest, time.monotonic() - started)
     return manifest
 
 
-def _settings(
-    config: BankBuildConfig, documents: MegatronDocuments, tokenizer: NgramTokenizer, encoder: Encoder
-) -> dict[str, Any]:
-    """Everything asked for that can change the bank, for telling whether one on disk is the one asked for."""
-    return {
-        "data": documents.fingerprint(),
-        "split": config.split,
-        "tokenizer": tokenizer.fingerprint,
-        "orders": list(config.orders),
-        "num_rows": config.num_rows,
-        "min_count": config.min_count,
-        "donor": encoder.revision,
-        "donor_layers": list(config.donor_layers),
-        **encoder.settings(),
-        "raw": config.raw,
-        "row_dtype": config.row_dtype,
-        "control": config.control.kind if config.control else None,
-        "seed": config.control.seed if config.control else None,
-    }
-
-
-def _existing(output: Path, settings: Mapping[str, Any]) -> Bank:
-    """Open the bank at ``output`` if it was built with ``settings``; refuse it otherwise."""
-    try:
-        bank = open_bank(output)
-    except BankVersionError as error:
-        raise BankError(output, "holds a bank of another format version", remedy=_MAKE_ROOM) from error
-    found = bank.manifest.provenance.get("settings", {})
-    different = [name for name in sorted({*settings, *found}) if settings.get(name) != found.get(name)]
-    if different:
-        raise BankError(
-            output,
-            "is a bank with other settings",
-            got=", ".join(f"{name} {found.get(name)}" for name in different),
-            expected=", ".join(f"{name} {settings.get(name)}" for name in different),
-            remedy=_MAKE_ROOM,
-        )
-    get_logger().info("%s is complete (%s): nothing to do", output, bank.digest[:12])
-    return bank
-
-
-def _stored_rows(bank: Bank) -> StoredRows:
+def _rows_of(bank: Bank) -> StoredRows:
     """All rows of a bank, without a copy where a layer is one file."""
     layers, scales = {}, {}
     for layer, rows in bank.rows_by_layer.items():
@@ -238,46 +162,11 @@ def _joined(shards: Sequence[np.ndarray]) -> np.ndarray:
     return shards[0] if len(shards) == 1 else np.concatenate(shards)
 
 
-def _corpus_facts(documents: MegatronDocuments, counts: Sequence[OrderCounts]) -> dict[str, Any]:
-    return {
-        "data_prefixes": documents.prefixes,
-        "documents": documents.num_documents,
-        "tokens": documents.num_tokens,
-        "candidates_by_order": {str(level.order): len(level.counts) for level in counts},
-    }
-
-
-def _selection_facts(selection: Selection, orders: Sequence[int]) -> dict[str, Any]:
-    keys = selection.keys
-    return {
-        "rows_by_order": {str(order): int((keys.key_orders == order).sum()) for order in orders},
-        "smallest_count": int(keys.key_counts.min()),
-        "skipped": selection.skipped,
-    }
-
-
-def _build_facts(clock: _Clock) -> dict[str, Any]:
-    return {"seconds": dict(clock.laps), "megatron_graft": megatron_graft.__version__}
-
-
-class _Clock:
-    """Wall seconds of each stage."""
-
-    def __init__(self) -> None:
-        self.laps: dict[str, float] = {}
-        self._last = time.monotonic()
-
-    def lap(self, stage: str) -> None:
-        now = time.monotonic()
-        self.laps[stage] = round(now - self._last, 2)
-        self._last = now
-
-
-def _announce(output: Path, manifest: Manifest, clock: _Clock) -> None:
-    clock.lap("write")
+def announce(output: Path, manifest: Manifest, seconds: float) -> None:
+    """Say what was built and how long it took."""
     identity = manifest.identity
-    stages = ", ".join(f"{stage} {format_seconds(seconds)}" for stage, seconds in clock.laps.items())
     get_logger().info(
-        "%s: %s rows x %s %s, digest %s (%s)",
-        output, f"{identity.num_rows:,}", identity.row_dim, identity.row_dtype, manifest.digest[:12], stages,
+        "%s: %s rows x %s %s, digest %s, in %s",
+        output, f"{identity.num_rows:,}", identity.row_dim, identity.row_dtype, manifest.digest[:12],
+        format_seconds(seconds),
     )  # fmt: skip

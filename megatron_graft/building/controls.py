@@ -31,7 +31,7 @@ def control_rows(rows: StoredRows, control: Control) -> StoredRows:
         rows of the same type and shape; the same input always gives the same bytes.
 
     Raises:
-        ConfigError: there are too few rows to shuffle, or random rows are wanted in a type other than bfloat16.
+        ConfigError: there are too few rows to shuffle, or random rows are wanted in a type with scales.
     """
     if control.kind == "shuffled":
         num_rows = len(next(iter(rows.layers.values())))
@@ -41,12 +41,12 @@ def control_rows(rows: StoredRows, control: Control) -> StoredRows:
             layers={layer: elements[sources] for layer, elements in rows.layers.items()},
             scales={layer: scales[sources] for layer, scales in rows.scales.items()},
         )
-    if rows.row_dtype != "bfloat16":
+    if rows.row_dtype not in ("bfloat16", "float16"):
         raise ConfigError(
             "--control random",
             "cannot be made from stored rows of this type",
             got=rows.row_dtype,
-            expected="bfloat16",
+            expected="bfloat16 or float16",
             remedy="Build it from the data: its rows are drawn before they are stored.",
         )
     drawn = {
@@ -71,7 +71,7 @@ def single_cycle(num_rows: int, seed: int) -> np.ndarray:
 
 
 def _random_rows(rows_ND: np.ndarray, generator: np.random.Generator) -> np.ndarray:
-    real = float32_from_bf16(rows_ND)
+    real = rows_ND.astype(np.float32) if rows_ND.dtype == np.float16 else float32_from_bf16(rows_ND)
     mean, deviation = real.mean(axis=0, dtype=np.float64), real.std(axis=0, dtype=np.float64)
     norms = np.linalg.norm(real, axis=1, keepdims=True)
     noise = generator.standard_normal(real.shape, dtype=np.float32)
@@ -83,4 +83,4 @@ def _random_rows(rows_ND: np.ndarray, generator: np.random.Generator) -> np.ndar
         noise = noise * scale.astype(np.float32) + offset.astype(np.float32)
         lengths = np.linalg.norm(noise, axis=1, keepdims=True)
         noise *= np.divide(norms, lengths, out=np.zeros_like(norms), where=lengths > 0)
-    return bf16_from_float32(noise)
+    return noise.astype(np.float16) if rows_ND.dtype == np.float16 else bf16_from_float32(noise)

@@ -1,19 +1,35 @@
-"""How much of a text a bank knows: the share of positions that match, by the order of the match."""
+"""How much of a text a bank knows: the share of positions that match, by the order of the match.
+
+Large data sets are sampled: whole documents, evenly spread, always the same ones.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
-from megatron_graft.bank.reader import Bank
+from megatron_graft.bank.reader import Bank, open_bank
 from megatron_graft.files import write_json_atomically
-from megatron_graft.lookup.index import SuffixIndex
+from megatron_graft.lookup.index import SuffixIndex, open_index
 
+MOST_POSITIONS = 2_000_000
+"""About how many positions of a data set are looked up, if it has more."""
+NUM_SIZES = 10
 _CHUNK_TOKENS = 1 << 20
+
+
+class Documents(Protocol):
+    """What coverage needs of a data set: ``building.documents.MegatronDocuments`` is one."""
+
+    num_tokens: int
+    num_documents: int
+
+    def chosen(self, wanted: Callable[[np.ndarray], np.ndarray]) -> Iterator[np.ndarray]:
+        """Token ids of the documents whose numbers (int64) are wanted (bool)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,6 +72,56 @@ def measure_coverage(
         hits += np.bincount(orders_BS.reshape(-1), minlength=256)
         positions += tokens_BS.size
     return Coverage(positions=positions, hits_by_order={order: int(hits[order]) for order in orders})
+
+
+def sample_documents(
+    documents: Documents, most_positions: int = MOST_POSITIONS, phase: float = 0.0
+) -> Iterator[np.ndarray]:
+    """Whole documents with about ``most_positions`` tokens in all, evenly spread; all of them if there are no more.
+
+    Document i is taken where ``i * share + phase`` passes a whole number, so that neither length nor place is
+    favoured and the same call always gives the same documents.
+
+    Args:
+        documents: the data set.
+        most_positions: about how many tokens are wanted.
+        phase: 0 to below 1; another one gives other documents.
+    """
+    share = min(1.0, most_positions / max(1, documents.num_tokens))
+
+    def wanted(numbers: np.ndarray) -> np.ndarray:
+        passes: np.ndarray = np.floor((numbers + 1) * share + phase) > np.floor(numbers * share + phase)
+        return passes
+
+    return documents.chosen(wanted)
+
+
+def bank_sizes(num_rows: int, number: int = NUM_SIZES) -> tuple[int, ...]:
+    """Sizes to open a bank with: ``num_rows`` halved again and again, at most ``number`` of them, ascending."""
+    sizes = {max(1, num_rows >> halvings) for halvings in range(number)}
+    return tuple(sorted(sizes))
+
+
+def coverage_by_rows(
+    path: Path, documents: Sequence[np.ndarray], sizes: Iterable[int], *, threads: int = 1
+) -> dict[int, Coverage]:
+    """Coverage of the banks of the K most frequent keys, for every K.
+
+    Args:
+        path: the bank.
+        documents: one token array per document.
+        sizes: values of K, 1 to the number of rows.
+        threads: of the lookups.
+
+    Raises:
+        ConfigError: a size is out of range.
+    """
+    coverages = {}
+    for rows in sizes:
+        bank = open_bank(path, rows=rows)
+        index = open_index(bank, threads=threads)
+        coverages[rows] = measure_coverage(index, documents, orders=bank.orders, eod=bank.eod)
+    return coverages
 
 
 def coverage_table(coverages: Mapping[str, Coverage]) -> str:

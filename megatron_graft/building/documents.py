@@ -7,21 +7,17 @@ range of entries. An n-gram never leaves an entry.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from megatron_graft.building.data_set import DataSet, open_data_set
 from megatron_graft.errors import DataError
 from megatron_graft.files import sha256_of_file
 
 _NUM_SPLITS = 3  # training, validation, test
-# The header of an .idx file; then, per entry, a 4-byte length and an 8-byte offset, then the documents' borders.
-_HEADER = np.dtype([("magic", "S9"), ("version", "<u8"), ("dtype_code", "u1"), ("entries", "<u8"), ("borders", "<u8")])
-_MAGIC = b"MMIDIDX"  # NumPy strips the two zero bytes that end it
-_DTYPE_CODES = range(1, 9)
-_ENTRY_BYTES, _BORDER_BYTES = 12, 8
 
 
 class MegatronDocuments:
@@ -35,6 +31,14 @@ class MegatronDocuments:
 
     Iterating yields one integer array of token ids per entry, in file order.
 
+    Attributes:
+        data_sets: one for every prefix.
+        stops: for every data set, how many of its entries, from the first on, are the training share.
+        tokens_by_set: tokens of these entries.
+        longest: tokens of the longest of all of these entries.
+        num_tokens: of all data sets.
+        num_documents: of all data sets.
+
     Raises:
         DataError: a file is missing, empty, truncated or not a Megatron index, the split leaves no training
             entry, or (while iterating) a token id is out of range.
@@ -45,14 +49,16 @@ class MegatronDocuments:
             raise DataError("--data-prefix", "names no data set")
         self.prefixes = [str(prefix) for prefix in prefixes]
         self.split = split
-        self._vocab_size = vocab_size
+        self.vocab_size = vocab_size
         share = 1.0 if split is None else training_share(split)
-        self._sets = [_open(prefix) for prefix in self.prefixes]
+        self.data_sets: list[DataSet] = [open_data_set(prefix) for prefix in self.prefixes]
         # The same rounding as Megatron's, so that not one validation entry is counted.
-        self._stops = [int(round(share * float(len(data.sequence_lengths)))) for data in self._sets]
-        lengths = zip(self._sets, self._stops, strict=True)
-        self.num_tokens = sum(int(data.sequence_lengths[:stop].sum(dtype=np.int64)) for data, stop in lengths)
-        self.num_documents = sum(self._stops)
+        self.stops = [int(round(share * float(data.entries))) for data in self.data_sets]
+        sizes = [_sum_and_most(data, stop) for data, stop in zip(self.data_sets, self.stops, strict=True)]
+        self.tokens_by_set = [tokens for tokens, _ in sizes]
+        self.longest = max(longest for _, longest in sizes)
+        self.num_tokens = sum(self.tokens_by_set)
+        self.num_documents = sum(self.stops)
         if self.num_tokens == 0:
             raise DataError(
                 ", ".join(self.prefixes),
@@ -62,23 +68,51 @@ class MegatronDocuments:
             )
 
     def __iter__(self) -> Iterator[np.ndarray]:
-        for prefix, data, stop in zip(self.prefixes, self._sets, self._stops, strict=True):
-            for entry in range(stop):
-                tokens: np.ndarray = data.get(entry)
-                if tokens.size and not 0 <= int(tokens.min()) <= int(tokens.max()) < self._vocab_size:
-                    raise DataError(
-                        prefix,
-                        f"holds a token id outside the vocabulary, in entry {entry}",
-                        got=int(tokens.max()) if int(tokens.min()) >= 0 else int(tokens.min()),
-                        expected=f"0 to {self._vocab_size - 1}",
-                        remedy="Give the tokenizer that made the data set.",
-                    )
-                yield tokens
+        for data, stop in zip(self.data_sets, self.stops, strict=True):
+            for entry, tokens in enumerate(data.documents(stop)):
+                yield self._checked(data, entry, tokens)
+
+    def chosen(self, wanted: Callable[[np.ndarray], np.ndarray]) -> Iterator[np.ndarray]:
+        """Some of the documents, as iterating yields them; the ids of the others are not read.
+
+        Args:
+            wanted: numbers of documents, over all data sets, int64 -> whether each is wanted, bool.
+        """
+        before = 0
+        for data, stop in zip(self.data_sets, self.stops, strict=True):
+            for entry, tokens in data.chosen_documents(stop, wanted, before):
+                yield self._checked(data, entry, tokens)
+            before += stop
+
+    def _checked(self, data: DataSet, entry: int, tokens: np.ndarray) -> np.ndarray:
+        if tokens.size and not 0 <= int(tokens.min()) <= int(tokens.max()) < self.vocab_size:
+            value = int(tokens.max()) if int(tokens.min()) >= 0 else int(tokens.min())
+            raise token_out_of_range(data.prefix, entry, value, self.vocab_size)
+        return tokens
 
     def fingerprint(self) -> list[dict[str, Any]]:
         """What tells these data sets from others, without reading the tokens: index digest and data size."""
-        pairs = [(Path(f"{prefix}.idx"), Path(f"{prefix}.bin")) for prefix in self.prefixes]
-        return [{"index_sha256": sha256_of_file(index), "bin_bytes": tokens.stat().st_size} for index, tokens in pairs]
+        return [
+            {"index_sha256": sha256_of_file(data.index_path), "bin_bytes": data.ids_path.stat().st_size}
+            for data in self.data_sets
+        ]
+
+    def file_states(self) -> dict[str, dict[str, int]]:
+        """Path of every file -> ``size`` in bytes and ``mtime_ns``, its time of change: whether one was replaced."""
+        paths = [path for data in self.data_sets for path in (data.ids_path, data.index_path)]
+        states = {str(path): path.stat() for path in paths}
+        return {path: {"size": state.st_size, "mtime_ns": state.st_mtime_ns} for path, state in states.items()}
+
+
+def token_out_of_range(prefix: str, entry: int, value: int, vocab_size: int) -> DataError:
+    """The error for a token id that is not one of the vocabulary's."""
+    return DataError(
+        prefix,
+        f"holds a token id outside the vocabulary, in entry {entry}",
+        got=value,
+        expected=f"0 to {vocab_size - 1}",
+        remedy="Give the tokenizer that made the data set.",
+    )
 
 
 def training_share(split: str) -> float:
@@ -100,45 +134,9 @@ def training_share(split: str) -> float:
     return float(padded[0] / np.sum(padded))
 
 
-def _open(prefix: str) -> Any:
-    """Open one data set after checking that its two files are whole and fit each other; Megatron does not."""
-    index, tokens = Path(f"{prefix}.idx"), Path(f"{prefix}.bin")
-    for path in (index, tokens):
-        if not path.is_file():
-            raise DataError(
-                path, "does not exist", remedy="Give the prefix of a Megatron data set, without .bin or .idx."
-            )
-    if _num_entries(index) == 0 or tokens.stat().st_size == 0:
-        raise DataError(prefix, "is an empty data set", remedy="Preprocess a corpus that has text in it.")
-    from megatron.core.datasets.indexed_dataset import IndexedDataset  # imports torch
-
-    data = IndexedDataset(prefix, mmap=True)
-    token_bytes = int(data.sequence_lengths.sum(dtype=np.int64)) * np.dtype(data.index.dtype).itemsize
-    if tokens.stat().st_size != token_bytes:
-        raise DataError(
-            tokens,
-            "does not fit its index: truncated or another file",
-            got=f"{tokens.stat().st_size:,} bytes",
-            expected=f"{token_bytes:,} bytes",
-            remedy="Copy or preprocess the data set again.",
-        )
-    return data
-
-
-def _num_entries(index: Path) -> int:
-    """Number of entries of an ``.idx`` file whose header fits its size."""
-    size = index.stat().st_size
-    with index.open("rb") as stream:
-        header = np.frombuffer(stream.read(_HEADER.itemsize).ljust(_HEADER.itemsize, b"\0"), dtype=_HEADER)[0]
-    entries, borders = int(header["entries"]), int(header["borders"])
-    whole = _HEADER.itemsize + entries * _ENTRY_BYTES + borders * _BORDER_BYTES
-    intact = header["magic"] == _MAGIC and header["version"] == 1 and header["dtype_code"] in _DTYPE_CODES
-    if not intact or size < whole:
-        raise DataError(
-            index,
-            "is truncated" if intact else "is not a Megatron index",
-            got=f"{size:,} bytes",
-            expected=f"{whole:,} bytes" if intact else "an .idx file, version 1",
-            remedy="Copy or preprocess the data set again.",
-        )
-    return entries
+def _sum_and_most(data: DataSet, stop: int) -> tuple[int, int]:
+    total, longest = 0, 0
+    for lengths in data.lengths(0, stop):
+        total += int(lengths.sum(dtype=np.int64))
+        longest = max(longest, int(lengths.max()))
+    return total, longest

@@ -1,70 +1,94 @@
-"""A donor from a local Hugging Face directory, run with transformers. No other place runs a model."""
+"""A donor from a local Hugging Face directory: what it is, its texts' ids, and the states of packs."""
 
 from __future__ import annotations
 
-import contextlib
+import collections
 import hashlib
-import threading
+import itertools
+import os
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 import numpy as np
 
+from megatron_graft.building.donor_libraries import as_donor_error, missing_extra, offline
+from megatron_graft.building.donor_model import DonorModel
 from megatron_graft.building.donor_text import DonorText
-from megatron_graft.building.fetch import missing_extra, offline, recorded_name
-from megatron_graft.building.plan import DonorBatch, plan_batches
+from megatron_graft.building.fetch import recorded_name
+from megatron_graft.building.packs import DEFAULT_PACK_TOKENS, Packs, flat_token_lists, plan_packs
 from megatron_graft.errors import DonorError
 from megatron_graft.files import canonical_json, sha256_of_file
-from megatron_graft.log import Progress, get_logger
+from megatron_graft.log import get_logger
 
-DonorDtype = Literal["bfloat16", "float16", "float32"]
+DonorDtype = Literal["auto", "bfloat16", "float16", "float32"]
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model")
+_WAITING_PER_THREAD = 4  # finished passes that may wait for their turn
 
 
 class HuggingFaceDonor:
     """A causal language model in a local directory: ``config.json``, ``*.safetensors`` and tokenizer files.
 
-    Nothing is fetched and no code from the directory is run. Making one reads the configuration, the
-    tokenizer and the weights' digest; :meth:`encode` loads the model itself and runs it only up to the
-    highest layer asked for.
+    Nothing is fetched and no code from the directory is run. Making one reads the configuration, the tokenizer
+    and the weights' digest; the model itself is loaded when states are first asked for, and kept.
+
+    On a CPU a pack is one pass on one thread, so its states do not depend on threads, tasks or processes. On a
+    GPU several packs share a pass; states are the same for the same device, libraries and ``batch_packs``, and
+    differ otherwise by rounding.
 
     Args:
         directory: the model's directory.
-        dtype: type of weights and activations.
-        batch_tokens: most donor tokens of one forward pass.
-        threads: forward passes that run at a time, each on one CPU thread. The states do not depend on it.
+        dtype: type of weights and activations; ``auto`` is bfloat16 on a GPU and float32 on a CPU (many CPUs
+            have no bfloat16 arithmetic and emulate it at a tenth of the speed).
+        pack_tokens: most donor tokens of a pack, where :meth:`encode` makes the packs.
+        threads: passes that run at a time on a CPU, each on one thread. None: the process's processors, divided
+            by ``LOCAL_WORLD_SIZE`` where a launcher such as torchrun has set it.
+        batch_packs: packs of one pass. None: one on a CPU, what fits the device's memory on a GPU.
+        device: torch's name of a device; ``auto`` is the GPU of ``LOCAL_RANK``, or the CPU where there is none.
 
     Raises:
-        DonorError: the directory has no weights, tokenizer or configuration, or is no causal language model.
+        DonorError: the directory has no weights, tokenizer or configuration, is no causal language model, or an
+            option is out of range.
     """
 
     def __init__(
         self,
         directory: str | Path,
         *,
-        dtype: DonorDtype = "bfloat16",
-        batch_tokens: int = 1024,
-        threads: int = 2,
+        dtype: DonorDtype = "auto",
+        pack_tokens: int = DEFAULT_PACK_TOKENS,
+        threads: int | None = None,
+        batch_packs: int | None = None,
+        device: str = "auto",
     ) -> None:
         self.directory = Path(directory)
-        self._dtype, self._batch_tokens, self._threads = dtype, batch_tokens, threads
+        self._pack_tokens, self._batch_packs = pack_tokens, batch_packs
         if dtype not in get_args(DonorDtype):
             known = ", ".join(get_args(DonorDtype))
             raise DonorError("--donor-dtype", "is unknown", got=dtype, expected=known)
-        if batch_tokens < 1 or threads < 1:
-            flag, value = ("--batch-tokens", batch_tokens) if batch_tokens < 1 else ("--threads", threads)
-            raise DonorError(flag, "is not positive", got=value, expected="at least 1")
+        for flag, value in (
+            ("--pack-tokens", pack_tokens), ("--threads", threads), ("--batch-packs", batch_packs),
+        ):  # fmt: skip
+            if value is not None and value < 1:
+                raise DonorError(flag, "is not positive", got=value, expected="at least 1")
         weights = _weight_files(self.directory)
         config = _load_config(self.directory)
         text_config = config.get_text_config()
         self.hidden_size = int(text_config.hidden_size)
         self.num_layers = int(text_config.num_hidden_layers)
-        self._max_tokens = getattr(text_config, "max_position_embeddings", None)
+        self._max_tokens = _longest_text(text_config)
         self._text = DonorText(_load_tokenizer(self.directory), config, self.directory)
         self.name = recorded_name(self.directory)
         self.revision = _revision(weights)
+        self._threads = threads or default_threads()
+        self._device = _default_device() if device == "auto" else device
+        self._dtype = ("float32" if self._device == "cpu" else "bfloat16") if dtype == "auto" else dtype
+        self._model: DonorModel | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Travel between processes without the model, which loads again where it is needed."""
+        return self.__dict__ | {"_model": None}
 
     def check_layers(self, layers: Sequence[int]) -> None:
         """Raise :class:`DonorError` unless ``layers`` are distinct, ascending and exist."""
@@ -82,6 +106,56 @@ class HuggingFaceDonor:
         bos = {"donor_bos_id": self._text.bos_id, "donor_bos": self._text.bos_source}
         return {"donor_dtype": self._dtype, **bos}
 
+    def token_lists(self, texts: Sequence[str]) -> list[list[int]]:
+        """Donor ids of every text, BOS first; a leading space counts.
+
+        Raises:
+            DonorError: a text is too long for the model.
+        """
+        token_lists = self._text.token_lists(texts)
+        longest = max(range(len(token_lists)), key=lambda row: len(token_lists[row]), default=None)
+        if longest is not None and len(token_lists[longest]) > self._max_tokens:
+            raise DonorError(
+                self.directory,
+                "is too short for an n-gram's text",
+                got=f"{len(token_lists[longest])} tokens for {texts[longest][:200]!r}",
+                expected=f"at most {self._max_tokens} (its context or its attention window)",
+                remedy="Count shorter orders, or take another donor.",
+            )
+        return token_lists
+
+    def states(
+        self, packs: Packs, first_pack: int, last_pack: int, layers: Sequence[int]
+    ) -> Iterator[tuple[np.ndarray, dict[int, np.ndarray]]]:
+        """Run packs ``first_pack`` to ``last_pack``, the last not included.
+
+        Yields:
+            for each pack in turn: the places in ``packs`` that rows take, int64 ``[m]``, ascending, and their
+            states, layer -> float32 ``[m, hidden_size]``.
+
+        Raises:
+            DonorError: a layer does not exist, the weights cannot be loaded, or a state is not finite.
+        """
+        self.check_layers(layers)
+        if first_pack == last_pack:
+            return
+        model = self.model(layers)
+        longest = int(np.diff(packs.pack_starts).max())
+        batch = self._batch_packs or model.default_batch(longest)
+
+        def run(numbers: Sequence[int]) -> list[tuple[np.ndarray, dict[int, np.ndarray]]]:
+            places = [packs.taken_in(number, number + 1) for number in numbers]
+            nodes = [at - packs.pack_starts[number] for number, at in zip(numbers, places, strict=True)]
+            found = model.run([packs[number] for number in numbers], nodes, batch, longest)
+            return list(zip(places, found, strict=True))
+
+        groups = itertools.batched(range(first_pack, last_pack), batch)
+        threads = self._threads if self._device == "cpu" else 1
+        for results in in_threads(run, groups, threads):
+            for places, states in results:
+                self._require_finite(packs, places, states)
+                yield places, states
+
     def encode(self, texts: Sequence[str], layers: Sequence[int]) -> dict[int, np.ndarray]:
         """Run BOS + text for every text; take the state of its last token after each of ``layers``.
 
@@ -93,36 +167,70 @@ class HuggingFaceDonor:
             layer -> float32 ``[N, hidden_size]``.
 
         Raises:
-            DonorError: a layer does not exist, or a text is too long for the model.
+            DonorError: a layer does not exist, a text is too long for the model, or a state is not finite.
         """
         self.check_layers(layers)
-        token_lists = self._text.token_lists(texts)
-        self._check_lengths(texts, token_lists)
-        batches = plan_batches(token_lists, self._batch_tokens)
-        tokens = sum(batch.tokens_BS.size for batch in batches)
-        get_logger().info("%s: %s rows cost %s donor tokens", self.name, f"{len(texts):,}", f"{tokens:,}")
-        states = {layer: np.empty((len(texts), self.hidden_size), dtype=np.float32) for layer in layers}
-        with offline():
-            model = _load_model(self.directory, self._dtype)
-        run = _runner(model, self.num_layers, layers, self.directory)
-        progress = Progress("encoding", len(texts), "rows")
-        for batch, taken in zip(batches, _in_threads(run, batches, self._threads), strict=True):
-            for layer, states_MD in taken.items():
-                states[layer][batch.rows] = states_MD
-            progress.advance(len(batch.rows))
-        progress.finish()
-        return states
+        packs = plan_packs(*flat_token_lists(self.token_lists(texts)), self._pack_tokens)
+        states = {layer: np.empty((len(packs.taken), self.hidden_size), dtype=np.float32) for layer in layers}
+        done = 0
+        for places, found in self.states(packs, 0, len(packs), layers):
+            for layer, states_MD in found.items():
+                states[layer][done : done + len(places)] = states_MD
+            done += len(places)
+        row = np.searchsorted(packs.taken, packs.node_of_row)
+        return {layer: states_KD[row] for layer, states_KD in states.items()}
 
-    def _check_lengths(self, texts: Sequence[str], token_lists: Sequence[Sequence[int]]) -> None:
-        longest = max(range(len(texts)), key=lambda row: len(token_lists[row]))
-        if self._max_tokens is not None and len(token_lists[longest]) > self._max_tokens:
-            raise DonorError(
-                self.directory,
-                "is too short for an n-gram's text",
-                got=f"{len(token_lists[longest])} tokens for {texts[longest]!r}",
-                expected=f"at most {self._max_tokens} (its max_position_embeddings)",
-                remedy="Count shorter orders, or take another donor.",
-            )
+    def model(self, layers: Sequence[int]) -> DonorModel:
+        """The loaded model that gives the states of ``layers``; one is kept.
+
+        Raises:
+            DonorError: its weights are missing or damaged.
+        """
+        if self._model is None or self._model.layers != tuple(layers):
+            self._model = None  # not two of them at a time
+            with offline():
+                self._model = DonorModel(
+                    self.directory,
+                    dtype=self._dtype,
+                    device=self._device,
+                    num_layers=self.num_layers,
+                    layers=layers,
+                )
+            get_logger().info("%s: layers %s in %s on %s", self.name, [*layers], self._dtype, self._device)
+        return self._model
+
+    def _require_finite(self, packs: Packs, places: np.ndarray, states: dict[int, np.ndarray]) -> None:
+        for layer, states_MD in states.items():
+            broken = ~np.isfinite(states_MD).all(axis=1)
+            if broken.any():
+                text = self._text.text(packs.token_path(int(places[np.argmax(broken)]))[1:])
+                raise DonorError(
+                    self.directory,
+                    "gives a state that is not finite",
+                    got=f"layer {layer} of {text[:200]!r} in {self._dtype}",
+                    remedy="Run the donor with --donor-dtype float32.",
+                )
+
+
+def default_threads() -> int:
+    """Processors of this process, divided by the processes that a launcher has started on the node; at least 1."""
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE") or 1)
+    return max(1, len(os.sched_getaffinity(0)) // max(1, processes))
+
+
+def _default_device() -> str:
+    import torch
+
+    if not torch.cuda.is_available():
+        return "cpu"
+    # Ranks that see one GPU each call it 0, whatever their local rank.
+    return f"cuda:{int(os.environ.get('LOCAL_RANK') or 0) % torch.cuda.device_count()}"
+
+
+def _longest_text(config: Any) -> int:
+    """Most tokens of a text: the model's context, and the window of its attention, which a tree mask does not have."""
+    limits = [getattr(config, name, None) for name in ("max_position_embeddings", "sliding_window")]
+    return min((int(limit) for limit in limits if limit), default=np.iinfo(np.int32).max)
 
 
 def _weight_files(directory: Path) -> list[Path]:
@@ -153,7 +261,7 @@ def _load_config(directory: Path) -> Any:
             from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
         except ImportError as error:
             raise missing_extra(error) from error
-        with _as_donor_error(directory, "has a config.json that transformers cannot read"):
+        with as_donor_error(directory, "has a config.json that transformers cannot read"):
             config = AutoConfig.from_pretrained(directory, local_files_only=True)
     known = {
         name
@@ -180,96 +288,31 @@ def _load_tokenizer(directory: Path) -> Any:
             directory, "has no tokenizer", expected="one of " + ", ".join(_TOKENIZER_FILES),
             remedy="Copy the model's tokenizer files into it.",
         )  # fmt: skip
-    with offline(), _as_donor_error(directory, "has a tokenizer that transformers cannot load"):
+    with offline(), as_donor_error(directory, "has a tokenizer that transformers cannot load"):
         from transformers import AutoTokenizer
 
         return AutoTokenizer.from_pretrained(directory, local_files_only=True, split_special_tokens=True)
 
 
-def _load_model(directory: Path, dtype: DonorDtype) -> Any:
-    import torch
-    from transformers import AutoModel
-    from transformers.utils import logging as transformers_logging
+def in_threads[Work, Result](run: Callable[[Work], Result], work: Iterator[Work], threads: int) -> Iterator[Result]:
+    """Run ``threads`` pieces at a time and yield their results in order, few of them ahead of time.
 
-    # Its bars and its list of unused weights (the language-model head) say nothing of use here.
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-    with _as_donor_error(directory, "has weights that transformers cannot load"):
-        model, loaded = AutoModel.from_pretrained(
-            directory, local_files_only=True, dtype=getattr(torch, dtype), output_loading_info=True
-        )
-    if loaded["missing_keys"]:  # transformers would go on with random numbers in their place
-        raise DonorError(directory, "lacks weights of its model", got=sorted(loaded["missing_keys"])[:5])
-    return model.eval()
-
-
-def _runner(
-    model: Any, num_layers: int, layers: Sequence[int], subject: object
-) -> Callable[[DonorBatch], dict[int, np.ndarray]]:
-    """Hook the wanted blocks, drop those above the highest, and return a function that runs a batch.
-
-    The function may run in several threads at a time.
-    """
-    import torch
-
-    blocks = next(
-        (module for module in model.modules() if isinstance(module, torch.nn.ModuleList) and len(module) == num_layers),
-        None,
-    )
-    if blocks is None:
-        raise DonorError(subject, "has no list of blocks that could be tapped", got=type(model).__name__)
-    del blocks[max(1, *layers) :]
-    seen = threading.local()
-
-    def keep(layer: int) -> Callable[..., None]:
-        def hook(_module: Any, _arguments: Any, output: Any) -> None:
-            seen.states[layer] = output[0] if isinstance(output, tuple) else output
-
-        return hook
-
-    def keep_input(_module: Any, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
-        seen.states[0] = arguments[0] if arguments else keywords["hidden_states"]
-
-    for layer in layers:
-        if layer == 0:
-            blocks[0].register_forward_pre_hook(keep_input, with_kwargs=True)
-        else:
-            blocks[layer - 1].register_forward_hook(keep(layer))
-
-    def run(batch: DonorBatch) -> dict[int, np.ndarray]:
-        seen.states = {}
-        sequences, positions = torch.from_numpy(batch.sequences), torch.from_numpy(batch.positions)
-        with torch.inference_mode():
-            model(input_ids=torch.from_numpy(batch.tokens_BS), use_cache=False)
-            return {layer: seen.states[layer][sequences, positions].float().numpy() for layer in layers}
-
-    return run
-
-
-def _in_threads(
-    run: Callable[[DonorBatch], dict[int, np.ndarray]], batches: Sequence[DonorBatch], threads: int
-) -> Iterator[dict[int, np.ndarray]]:
-    """Run the batches ``threads`` at a time and yield their results in order.
-
-    Batches side by side, one CPU thread each, instead of several threads inside one pass: the operations are
-    so small that the threads would mostly wait for each other (several times slower as soon as the machine
-    does anything else), and a pass on one thread gives the same bits however many run beside it.
+    Packs side by side, one CPU thread each, instead of several threads inside one pass: the operations are so
+    small that the threads would mostly wait for each other (several times slower as soon as the machine does
+    anything else), and a pass on one thread gives the same bits however many run beside it.
     """
     import torch
 
     before = torch.get_num_threads()
     executor = ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,))
+    waiting: collections.deque[Future[Result]] = collections.deque()
     try:
-        yield from executor.map(run, batches)
+        for piece in work:
+            waiting.append(executor.submit(run, piece))
+            if len(waiting) >= threads * _WAITING_PER_THREAD:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
     finally:
         executor.shutdown(cancel_futures=True)
         torch.set_num_threads(before)
-
-
-@contextlib.contextmanager
-def _as_donor_error(directory: Path, problem: str) -> Iterator[None]:
-    try:
-        yield
-    except Exception as error:  # a broken file surfaces as almost any exception from these libraries
-        first_line = (str(error).strip().splitlines() or [""])[0]
-        raise DonorError(directory, problem, got=f"{type(error).__name__}: {first_line[:200]}") from error

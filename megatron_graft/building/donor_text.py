@@ -42,8 +42,13 @@ class DonorText:
             return [[self.bos_id, *ids] for ids in self._anchored(texts)]
         return [[self.bos_id, *ids] for ids in self._plain(texts)]
 
+    def text(self, ids: Sequence[int]) -> str:
+        """The text that donor ids spell, for messages."""
+        return str(self._tokenizer.decode(list(ids)))
+
     def _plain(self, texts: Sequence[str]) -> list[list[int]]:
-        ids: list[list[int]] = self._tokenizer(list(texts), add_special_tokens=False)["input_ids"]
+        encoded = self._tokenizer(list(texts), add_special_tokens=False, return_attention_mask=False)
+        ids: list[list[int]] = encoded["input_ids"]
         return ids
 
     def _anchored(self, texts: Sequence[str]) -> list[list[int]]:

@@ -78,7 +78,7 @@ def _texts(report: dict[str, Any]) -> str:
         if report["bank"]:
             row.append(_percent(report["hit_rate"][key]["any"]))
         rows.append(row)
-    return _table(heads, rows)
+    return markdown_table(heads, rows)
 
 
 def _by_order(report: dict[str, Any]) -> str:
@@ -99,7 +99,7 @@ def _by_order(report: dict[str, Any]) -> str:
         for order, part in text["by_order"].items()
     ]  # fmt: skip
     heads = ["longest match", "share of held-out", "loss", "loss, memory off", *(f"loss, {name}" for name in others)]
-    return _table(heads, rows)
+    return markdown_table(heads, rows)
 
 
 def _comparison(report: dict[str, Any]) -> str:
@@ -116,7 +116,7 @@ def _comparison(report: dict[str, Any]) -> str:
         for name, arm in {report["name"]: own, **compared}.items()
     ]  # fmt: skip
     heads = ["run", "memory", "held-out loss", "bits/byte", "difference", "tokens/s"]
-    return "## Beside other runs of the same steps, seed, batch and data\n\n" + _table(heads, rows)
+    return "## Beside other runs of the same steps, seed, batch and data\n\n" + markdown_table(heads, rows)
 
 
 def _facts(report: dict[str, Any]) -> str:
@@ -142,7 +142,7 @@ def _facts(report: dict[str, Any]) -> str:
         rows.append(["hashed tables", _engram_fact(report["engram"])])
     if _has_memory(report):
         rows += [["memory sites", _site_facts(report)], ["waiting for memory", _waiting(report["speed"])]]
-    return _table(["", ""], rows, numbers=False)
+    return markdown_table(["", ""], rows, numbers=False)
 
 
 def _has_memory(report: dict[str, Any]) -> bool:
@@ -195,14 +195,14 @@ def _waiting(speed: dict[str, Any] | None) -> str:
 
 def _seconds(report: dict[str, Any]) -> str:
     seconds = {name: value for name, value in report["seconds"].items() if value is not None}
-    return _table(list(seconds), [[format_seconds(value) for value in seconds.values()]])
+    return markdown_table(list(seconds), [[format_seconds(value) for value in seconds.values()]])
 
 
 def _listed(values: dict[str, Any], wanted: Iterable[tuple[str, str]]) -> str:
     return ", ".join(form.format(values[name]) for form, name in wanted if name in values)
 
 
-def _table(heads: Sequence[str], rows: Iterable[Sequence[str]], numbers: bool = True) -> str:
+def markdown_table(heads: Sequence[str], rows: Iterable[Sequence[str]], numbers: bool = True) -> str:
     """A Markdown table; all columns but the first are numbers, right-aligned, unless told otherwise."""
     lines = [list(heads), ["---", *(["---:" if numbers else "---"] * (len(heads) - 1))], *rows]
     return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)

@@ -13,11 +13,11 @@ from megatron_graft.reporting.figures import LOSS, MISS
 from megatron_graft.reporting.run_files import HELD_OUT, Run
 
 # Okabe and Ito's colours, told apart by most colour-blind readers. The first is the reported run's.
-_COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00")
+COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00")
 _GREY = "#5f6368"
 _ALL = "all tokens"
 _STEEP_PART = 20  # a twentieth of the steps
-_STYLE: dict[Any, Any] = {
+STYLE: dict[Any, Any] = {
     "font.family": "DejaVu Sans", "font.size": 11, "axes.titlesize": 12, "axes.titleweight": "bold",
     "axes.titlelocation": "left", "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True,
     "axes.grid.axis": "y", "grid.color": "#e6e6e6", "axes.axisbelow": True, "axes.edgecolor": "#9aa0a6",
@@ -42,7 +42,7 @@ def plot_png(run: Run, others: Sequence[Run]) -> bytes:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    with pyplot.rc_context(_STYLE):
+    with pyplot.rc_context(STYLE):
         figure, (left, right) = pyplot.subplots(1, 2, figsize=(11.5, 4.4), width_ratios=(1, 1.15), layout="constrained")
         _training_panel(left, [run, *others])
         _held_out_panel(right, run, others)
@@ -130,7 +130,7 @@ def _shares(run: Run) -> dict[str, float]:
 
 def _colours(runs: Sequence[Run]) -> list[str]:
     """One colour a run; the stock model's is grey."""
-    coloured = iter(_COLOURS * len(runs))
+    coloured = iter(COLOURS * len(runs))
     return [_GREY if run.bank is None and run is not runs[0] else next(coloured) for run in runs]
 
 

@@ -27,10 +27,10 @@ import psutil
 from megatron_graft.bank.bf16 import bf16_from_float32
 from megatron_graft.bank.manifest import DonorIdentity, Processing, TokenizerIdentity
 from megatron_graft.bank.writer import write_bank
-from megatron_graft.building.count import count_ngrams
-from megatron_graft.building.select import select_ngrams
+from megatron_graft.building.select import Quota, select_ngrams
 from megatron_graft.data.preprocess import dataset_prefix, preprocess
 from megatron_graft.data.tokenizer import TextTokenizer, load_tokenizer
+from tests.helpers.candidates import CandidatesInMemory
 from tests.helpers.tokenizers import SENTENCES, small_sentencepiece
 
 NUM_LAYERS, SEQ_LENGTH, GLOBAL_BATCH_SIZE = 4, 64, 8
@@ -134,8 +134,8 @@ def make_text(num_documents: int, seed: int = 7) -> list[str]:
 
 
 def _write_bank(path: Path, documents: list[np.ndarray], tokenizer: TextTokenizer, num_rows: int) -> None:
-    counts = count_ngrams(documents, orders=(2, 3, 4), eod=tokenizer.eod)
-    keys = select_ngrams(counts, tokenizer, num_rows).keys  # type: ignore[arg-type]
+    candidates = CandidatesInMemory([tokens.tolist() for tokens in documents], (2, 3, 4), tokenizer.eod)
+    keys = select_ngrams(candidates, tokenizer, Quota(num_rows=num_rows)).keys
     generator = np.random.default_rng(num_rows)
     shape = (len(DONOR_LAYERS), len(keys.key_orders), DONOR_WIDTH)
     bits = bf16_from_float32(generator.standard_normal(shape).astype(np.float32))

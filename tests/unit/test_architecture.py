@@ -26,6 +26,7 @@ BELOW = {
     "memory": BASE | {"ngram", "bank", "lookup", "compat", "data"},
     "models": BASE | {"ngram", "bank", "lookup", "compat", "data", "memory"},
     "reporting": BASE | {"ngram", "bank"},
+    "jobs": BASE | {"ngram", "bank", "lookup", "building", "compat", "data", "reporting"},
     "training": BASE | {"ngram", "bank", "lookup", "compat", "data", "memory", "models"},
 }
 NATIVE_USERS = {"lookup", "building", "bank"}  # the rooms that may call the compiled extension
@@ -33,8 +34,8 @@ HEAVY = {"torch", "megatron", "transformers", "gguf", "transformer_engine", "ape
 # The modules of building that meet a model or a Megatron data set, each inside functions only.
 LAZY_IN_BUILDING = {
     "donor": {"torch", "transformers"},
-    "fetch": {"torch", "transformers", "gguf"},
-    "documents": {"megatron"},
+    "donor_model": {"torch", "transformers"},
+    "gguf_donor": {"torch", "transformers", "gguf"},
 }
 MAX_FILE_LINES = 400
 MAX_FUNCTION_LINES = 60

@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -21,13 +20,13 @@ if __package__ in (None, ""):  # run as a file from a checkout
 
 from banks import bench_bank
 from corpus import Corpus, measure_corpus, prepare_corpus
-from machine import OtherLoad, describe_machine
+from machine import OtherLoad, commit, describe_machine
 from opening import measure_opening
 from pages import TARGET_HEADER, markdown, page_with, plain_table, proof, target_rows
 from programs import CHECKOUT, KeysOnDisk, bench_lookup, build_programs, make_keys, run_program
 from python_gather import measure_gather
 from python_lookup import adversarial_tokens, measure_lookup
-from targets import judge
+from targets import ANSWERS, TARGETS, judge
 
 from megatron_graft.bank.reader import open_bank
 from megatron_graft.commands import run_command
@@ -191,18 +190,12 @@ class Run:
         return measure_corpus(self.programs, self.data, corpus, rounds=self.rounds, threads=self.threads)
 
 
-def _commit() -> str:
-    command = ["git", "-C", str(CHECKOUT), "describe", "--always", "--dirty"]
-    finished = subprocess.run(command, capture_output=True, text=True, check=False)
-    return finished.stdout.strip() or "unknown"
-
-
 def _measure(arguments: argparse.Namespace) -> None:
     load = OtherLoad()
     if not load.idle:
         get_logger().warning("the machine is not idle (%.0f %% busy): doubt figures", 100 * load.busy_share_at_start)
     run = Run(arguments)
-    results: dict[str, Any] = {"machine": describe_machine(), "commit": _commit(), "entries": arguments.entries}
+    results: dict[str, Any] = {"machine": describe_machine(), "commit": commit(), "entries": arguments.entries}
     results["threads"], results["rounds"] = run.threads, run.rounds
     for part in (part for part in PARTS if part in arguments.only):
         started = time.monotonic()
@@ -217,7 +210,7 @@ def _measure(arguments: argparse.Namespace) -> None:
         get_logger().info("%s: %s", part, format_seconds(time.monotonic() - started))
     results["load"] = load.report()
     # A small bank lies in the caches: its figures say nothing about the promises, which are for 50 M entries.
-    results["targets"] = judge(results, answers_only=arguments.entries != "large")
+    results["targets"] = judge(results, TARGETS if arguments.entries == "large" else [ANSWERS])
     output = arguments.output or arguments.build_dir / "lookup.json"
     write_json_atomically(output, results)
     print(plain_table([TARGET_HEADER, *target_rows(results)]))

@@ -35,6 +35,13 @@ def describe_machine() -> dict[str, Any]:
     }
 
 
+def commit() -> str:
+    """The checkout's commit, marked if files differ from it."""
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
+    finished = subprocess.run(command, capture_output=True, text=True, check=False)
+    return finished.stdout.strip() or "unknown"
+
+
 class OtherLoad:
     """Watches what others take of the machine: at first alone for a second, then over the whole run."""
 

@@ -23,6 +23,7 @@ from megatron_graft.bank.reader import Bank, open_bank
 from megatron_graft.errors import BankError, BankFormatError, BankIncompleteError, IdentityError, StorageError
 from megatron_graft.log import Progress
 from tests.helpers.banks import make_bank
+from tools import stage_bank
 
 SPAWN = multiprocessing.get_context("spawn")
 PROCESSES = 4
@@ -68,6 +69,51 @@ def test_a_copy_that_fails_the_header_check_is_made_again(bank: Bank, local: Pat
     (copy / MANIFEST_NAME).unlink()
     assert contents(node_copy(bank.path, local)) == contents(bank.path)
     assert sorted(os.listdir(local)) == names(bank)
+
+
+def flip_last_byte(path: Path) -> None:
+    """Damage that no header tells of."""
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+
+
+def test_a_copy_with_an_altered_byte_is_found_and_made_again_by_a_full_check(bank: Bank, local: Path) -> None:
+    copy = node_copy(bank.path, local)
+    flip_last_byte(copy / KEYS_NAME)
+    node_copy(bank.path, local, verify="header")
+    assert contents(copy) != contents(bank.path), "the header does not show it"
+    assert node_copy(bank.path, local, verify="full") == copy
+    assert contents(copy) == contents(bank.path)
+    assert sorted(os.listdir(local)) == names(bank)
+
+
+def test_a_storage_that_alters_bytes_is_found_by_a_full_check_and_leaves_no_copy(
+    bank: Bank, local: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copy_file = module._copy_file
+
+    def alter(source: Path, target: Path, progress: Progress) -> int:
+        copied = copy_file(source, target, progress)
+        if target.name == KEYS_NAME:
+            flip_last_byte(target)
+        return copied
+
+    monkeypatch.setattr(module, "_copy_file", alter)
+    with pytest.raises(BankFormatError, match=f"is no true copy of {bank.path}: .*{KEYS_NAME}: was altered"):
+        node_copy(bank.path, local, verify="full")
+    assert os.listdir(local) == [f"{bank.digest}.lock"]
+
+
+def test_the_command_prints_where_the_copy_is(
+    bank: Bank, local: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for depth in ("header", "sample", "full"):
+        assert stage_bank.main([str(bank.path), str(local), "--verify", depth]) == 0
+        assert capsys.readouterr().out == f"{local / bank.digest}\n"
+    flip_last_byte(bank.path / KEYS_NAME)
+    assert stage_bank.main([str(bank.path), str(tmp_path / "other"), "--verify", "full"]) == 2
+    assert "is no true copy" in capsys.readouterr().err
 
 
 def test_copies_of_two_banks_lie_side_by_side(bank: Bank, local: Path, tmp_path: Path) -> None:

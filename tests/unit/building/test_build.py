@@ -1,7 +1,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+import json
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +12,15 @@ import pytest
 from megatron_graft.bank.bf16 import float32_from_bf16
 from megatron_graft.bank.manifest import Control, Processing
 from megatron_graft.bank.reader import Bank, open_bank
-from megatron_graft.building.build import BankBuildConfig, build_bank, build_control
+from megatron_graft.building.build import build_bank, build_control
+from megatron_graft.building.build_plan import BankBuildConfig, keep_plan, make_plan
 from megatron_graft.building.donor import HuggingFaceDonor
-from megatron_graft.building.encode import rows_from_states
+from megatron_graft.building.packs import Packs
+from megatron_graft.building.rows import rows_from_states
+from megatron_graft.building.stages import BuildStages
+from megatron_graft.building.tasks import BuildLog, run_stage, task_directory
 from megatron_graft.data.tokenizer import TextTokenizer
-from megatron_graft.errors import BankError, ConfigError, DonorError
+from megatron_graft.errors import BankError, ConfigError, DonorError, StorageError
 from tests.helpers.banks import make_bank, random_counts
 from tests.helpers.building import save_llama, write_data_set
 
@@ -32,7 +37,7 @@ def config(data_prefix: str, tmp_path: Path) -> BankBuildConfig:
 
 @pytest.fixture
 def donor(donor_directory: Path) -> HuggingFaceDonor:
-    return HuggingFaceDonor(donor_directory, batch_tokens=64)
+    return HuggingFaceDonor(donor_directory)
 
 
 def all_rows(bank: Bank) -> np.ndarray:
@@ -53,7 +58,9 @@ def files_of(bank: Path) -> dict[str, bytes]:
 class SilentDonor(HuggingFaceDonor):
     """A donor that must not be run."""
 
-    def encode(self, texts: Sequence[str], layers: Sequence[int]) -> dict[int, np.ndarray]:
+    def states(
+        self, packs: Packs, first_pack: int, last_pack: int, layers: Sequence[int]
+    ) -> Iterator[tuple[np.ndarray, dict[int, np.ndarray]]]:
         raise DonorError("donor", "was run")
 
 
@@ -98,7 +105,8 @@ def test_each_choice_makes_another_identity(
     changes: list[dict[str, Any]] = [
         {}, {"orders": (2, 3)}, {"num_rows": 59}, {"donor_layers": (1,)}, {"donor_layers": (0, 2)}, {"raw": True},
         {"control": SHUFFLED}, {"control": Control(kind="shuffled", seed=4)}, {"control": RANDOM}, {"split": "1,1"},
-        {"row_dtype": "int8"}, {"row_dtype": "int8", "control": RANDOM},
+        {"row_dtype": "int8"}, {"row_dtype": "int8", "control": RANDOM}, {"row_dtype": "float16"},
+        {"rows_by_order": ((2, 30), (3, 20), (4, 10))}, {"count_by": "documents"}, {"num_rows": None, "min_count": 20},
     ]  # fmt: skip
     digests = set()
     for number, change in enumerate(changes):
@@ -133,7 +141,9 @@ def test_a_complete_bank_with_the_same_settings_is_not_built_again(
     ("change", "difference"),
     [({"num_rows": 61}, "got num_rows 60; expected num_rows 61"), ({"orders": (2, 3)}, "orders"),
      ({"raw": True}, "raw"), ({"min_count": 3}, "min_count"), ({"donor_layers": (1,)}, "donor_layers"),
-     ({"split": "9,1"}, "split"),
+     ({"split": "9,1"}, "split"), ({"count_by": "documents"}, "count_by occurrences; expected count_by documents"),
+     ({"rows_by_order": ((2, 60),)}, "num_rows 60, rows_by_order None; expected num_rows None"),
+     ({"data_weights": (2.0,)}, "data_weights"), ({"pack_tokens": 64}, "pack_tokens 256; expected pack_tokens 64"),
      ({"control": RANDOM}, "control None, seed None; expected control random, seed 3")],
 )  # fmt: skip
 def test_a_bank_with_other_settings_is_refused_by_naming_them(
@@ -160,25 +170,61 @@ def test_a_bank_of_another_donor_or_other_data_is_refused(
         build_bank(dataclasses.replace(config, data_prefixes=(prefix,)), tokenizer=recipient, encoder=donor)
 
 
-def test_a_build_that_fails_leaves_nothing(
+def test_a_build_that_fails_leaves_no_bank_and_goes_on_where_it_failed(
     config: BankBuildConfig, recipient: TextTokenizer, donor_directory: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with pytest.raises(DonorError, match="was run"):
         build_bank(config, tokenizer=recipient, encoder=SilentDonor(donor_directory))
+    assert not config.output.exists() and (config.work / "pack" / "00000").is_dir()
+    donor = HuggingFaceDonor(donor_directory)
 
     def full_disk(*_arguments: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("megatron_graft.files.os.rename", full_disk)
-    with pytest.raises(Exception, match="No space left"):
-        build_bank(config, tokenizer=recipient, encoder=HuggingFaceDonor(donor_directory))
-    assert list(config.output.parent.glob("*bank*")) == []
+    with monkeypatch.context() as patched:
+        patched.setattr("megatron_graft.files.os.rename", full_disk)
+        with pytest.raises(StorageError, match="No space left"):
+            build_bank(config, tokenizer=recipient, encoder=donor)
+    assert not config.output.exists() and not list((config.work / "encode").iterdir())
+    build_bank(config, tokenizer=recipient, encoder=donor)
+    stages = [record["stage"] for record in BuildLog(config.log).records() if record["event"] == "task"]
+    assert len(stages) == len(set(stages)), "a finished stage was run again"
+    assert not config.work.exists()
+
+
+def test_a_bank_whose_task_was_killed_after_it_was_written_is_taken_as_it_is(
+    config: BankBuildConfig, recipient: TextTokenizer, donor: HuggingFaceDonor
+) -> None:
+    plan = keep_plan(make_plan(config, tokenizer=recipient, encoder=donor), config.work)
+    stages = BuildStages(plan, tokenizer=lambda: recipient, encoder=lambda: donor)
+    for stage in stages.all[:-2]:
+        run_stage(stage, stages.work, stages.log)
+    assemble = stages.named("assemble")
+    (config.work / "twice").mkdir()
+    first = dict(assemble.run(0, config.work / "twice"))
+    before = files_of(config.output)
+    run_stage(assemble, stages.work, stages.log)
+    assert files_of(config.output) == before
+    facts = json.loads((task_directory(config.work, "assemble", 0) / "facts.json").read_text())
+    assert facts["digest"] == first["digest"] == open_bank(config.output).digest
+    assert set(facts["state_norms"]) == {"1", "2"}
+
+
+def test_the_manifest_keeps_the_statistics_and_nothing_of_when_and_where(
+    config: BankBuildConfig, recipient: TextTokenizer, donor: HuggingFaceDonor
+) -> None:
+    provenance = build_bank(config, tokenizer=recipient, encoder=donor).provenance
+    assert set(provenance) == {"settings", "corpus", "selection", "donor", "statistics", "megatron_graft"}
+    assert len(provenance["statistics"]["2"]["mean"]) == 32
+    assert provenance["selection"]["skipped"].keys() == {"special", "no_text", "blank"}
+    assert str(config.output.parent) not in json.dumps(provenance)
 
 
 @pytest.mark.parametrize(
     ("change", "error"),
     [({"orders": (2, 9)}, ConfigError), ({"min_count": 0}, ConfigError), ({"num_rows": 0}, ConfigError),
-     ({"row_dtype": "float16"}, ConfigError),
+     ({"row_dtype": "float32"}, ConfigError), ({"encode_tasks": 0}, ConfigError), ({"workers": 0}, ConfigError),
+     ({"memory_gb": 0.001}, ConfigError), ({"rows_by_order": ((7, 3),)}, ConfigError),
      ({"donor_layers": (3,)}, DonorError), ({"min_count": 10**6}, BankError)],
 )  # fmt: skip
 def test_an_unusable_configuration_is_refused_before_the_donor_runs(

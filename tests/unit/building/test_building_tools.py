@@ -63,7 +63,7 @@ def test_data_of_another_tokenizer_is_refused(
     ("more", "message"),
     [
         (["--coverage", "heldout"], "error: --coverage: is malformed (got heldout; expected NAME=PREFIX)"),
-        (["--coverage", "heldout=nowhere"], "error: nowhere.idx: does not exist"),
+        (["--coverage", "heldout=nowhere"], "nowhere.idx: does not exist"),
         (["--seed", "-1", "--control", "random"], "error: --seed: "),
         (["--from-bank", "nowhere"], "error: --from-bank: needs --control"),
         (["--orders", "2", "4"], "error: --orders: "),

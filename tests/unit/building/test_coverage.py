@@ -9,10 +9,19 @@ import pytest
 
 from megatron_graft.bank.reader import open_bank
 from megatron_graft.building import coverage
-from megatron_graft.building.coverage import Coverage, coverage_table, measure_coverage, write_coverage
+from megatron_graft.building.coverage import (
+    Coverage,
+    coverage_table,
+    measure_coverage,
+    sample_documents,
+    write_coverage,
+)
+from megatron_graft.building.documents import MegatronDocuments
+from megatron_graft.errors import DataError
 from megatron_graft.lookup.index import open_index
 from megatron_graft.ngram.oracle import brute_force_lookup
 from tests.helpers.banks import EOD, make_bank
+from tests.helpers.building import write_data_set
 
 KEYS = {
     (1, 2): 9,
@@ -64,3 +73,19 @@ def test_coverage_lies_beside_the_bank_and_leaves_it_as_it_was(tmp_path: Path) -
     assert value["bank"] == bank.digest
     assert value["data_sets"]["train"] == {"positions": 4, "hit_rate": 0.25, "share_by_order": {"2": 0.25}}
     assert open_bank(bank.path, verify="full").digest == bank.digest
+
+
+def test_a_sample_of_data_sets_is_read_as_they_are_iterated(tmp_path: Path) -> None:
+    generator = np.random.default_rng(1)
+    sizes = ([3, 0, 5, 8], [1, 9, 4])
+    lists = [[generator.integers(0, 90, size).tolist() for size in part] for part in sizes]
+    prefixes = [write_data_set(tmp_path / f"set{number}", part) for number, part in enumerate(lists)]
+    documents = MegatronDocuments(prefixes, split=None, vocab_size=90)
+    everything = [document.tolist() for document in documents]
+    assert [document.tolist() for document in sample_documents(documents, 1 << 30)] == everything
+    for picked in ([0, 3, 4, 6], [5], []):
+        chosen = documents.chosen(lambda numbers, picked=picked: np.isin(numbers, picked))
+        assert [document.tolist() for document in chosen] == [everything[number] for number in picked]
+    narrow = MegatronDocuments(prefixes, split=None, vocab_size=2)
+    with pytest.raises(DataError, match="outside the vocabulary, in entry 1"):
+        list(narrow.chosen(lambda numbers: numbers == 5))

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -100,3 +101,53 @@ def test_a_split_that_leaves_no_training_entry_is_refused(tmp_path: Path) -> Non
 def test_a_malformed_split_is_refused(split: str) -> None:
     with pytest.raises(DataError, match="--split"):
         training_share(split)
+
+
+def test_megatrons_own_reader_finds_the_same_documents(tmp_path: Path) -> None:
+    from megatron.core.datasets.indexed_dataset import IndexedDataset
+
+    generator = np.random.default_rng(4)
+    lists = [generator.integers(0, 7, size=size).tolist() for size in generator.integers(0, 2000, size=3000)]
+    prefix = write_data_set(tmp_path / "data", lists)
+    theirs = IndexedDataset(prefix, mmap=True)
+    ours = list(MegatronDocuments([prefix], split=None, vocab_size=7))  # more than one read of ids
+    assert len(ours) == len(theirs.sequence_lengths)
+    assert all(np.array_equal(document, theirs.get(entry)) for entry, document in enumerate(ours))
+
+
+@pytest.mark.parametrize(("field", "value"), [("length", 3), ("length", -1), ("offset", 6), ("offset", -2)])
+def test_entries_that_do_not_lie_end_to_end_are_refused(tmp_path: Path, field: str, value: int) -> None:
+    prefix = write_data_set(tmp_path / "data", [[1, 2], [3, 4], [5]])
+    index = bytearray(Path(f"{prefix}.idx").read_bytes())
+    place = 34 + 4 if field == "length" else 34 + 3 * 4 + 8
+    size = 4 if field == "length" else 8
+    index[place : place + size] = value.to_bytes(size, "little", signed=True)
+    Path(f"{prefix}.idx").write_bytes(index)
+    with pytest.raises(DataError, match="end to end: entry [12]"):
+        MegatronDocuments([prefix], split=None, vocab_size=7)
+
+
+def test_ids_of_another_type_are_refused(tmp_path: Path) -> None:
+    prefix = write_data_set(tmp_path / "data", [[1, 2]], dtype=np.int64)
+    with pytest.raises(DataError, match="dtype code 5; expected 4"):
+        MegatronDocuments([prefix], split=None, vocab_size=7)
+
+
+def test_file_states_tell_when_a_file_was_replaced(tmp_path: Path) -> None:
+    prefix = write_data_set(tmp_path / "data", [[1, 2]])
+    documents = MegatronDocuments([prefix], split=None, vocab_size=7)
+    before = documents.file_states()
+    assert sorted(before) == [f"{prefix}.bin", f"{prefix}.idx"]
+    assert before[f"{prefix}.bin"]["size"] == 4
+    assert documents.file_states() == before
+    os.utime(f"{prefix}.bin", ns=(1, 1))
+    after = documents.file_states()
+    assert after[f"{prefix}.bin"] == {"size": 4, "mtime_ns": 1} and after[f"{prefix}.idx"] == before[f"{prefix}.idx"]
+
+
+def test_the_entry_of_a_token_is_found(tmp_path: Path) -> None:
+    prefix = write_data_set(tmp_path / "data", [[1, 2], [], [3], [4, 5, 6]])
+    (data,) = MegatronDocuments([prefix], split=None, vocab_size=7).data_sets
+    assert [data.entry_at(token) for token in range(6)] == [0, 0, 2, 3, 3, 3]
+    with pytest.raises(DataError, match="fewer tokens"):
+        data.entry_at(6)

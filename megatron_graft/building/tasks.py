@@ -1,0 +1,196 @@
+"""Stages of a build, and how their tasks are run: independent pieces of work that speak through files alone.
+
+A stage has a fixed number of tasks, known before anything runs. A task writes one directory,
+``<work>/<stage>/<task>``, which appears by one rename: when it is there, the task is done and is not done again. So a
+build can be killed at any moment and started again, and tasks of a stage can run in any process on any node.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import fcntl
+import json
+import os
+import shutil
+import socket
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_graft.errors import BankError, ConfigError
+from megatron_graft.files import directory_in_one_step, storage_errors
+from megatron_graft.log import format_seconds, get_logger
+
+_LOCK_NAME = ".lock"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stage:
+    """One step of a build."""
+
+    name: str
+    num_tasks: int
+    run: Callable[[int, Path], Mapping[str, Any]]
+    """``run(task, scratch)`` fills the directory ``scratch``, which becomes the task's own, and returns what the log
+    is to say of it: values that JSON can hold."""
+    in_pool: bool = False
+    """Whether tasks may run side by side in a pool of local processes; others use all processors by themselves."""
+    obsolete: tuple[str, ...] = ()
+    """Stages whose outputs nobody reads once this one is complete. Only a stage of one task may have any."""
+
+
+def task_directory(work: Path, stage: str, task: int) -> Path:
+    """Where a task's output lies."""
+    return work / stage / f"{task:05d}"
+
+
+def is_complete(stage: Stage, work: Path) -> bool:
+    """Whether every task of a stage is done."""
+    return all(task_directory(work, stage.name, task).is_dir() for task in range(stage.num_tasks))
+
+
+def remaining_stages(stages: Sequence[Stage], work: Path) -> list[Stage]:
+    """The stages after the last complete one. What lies before it was complete once, and may have been removed."""
+    done = max((number for number, stage in enumerate(stages) if is_complete(stage, work)), default=-1)
+    return list(stages[done + 1 :])
+
+
+def tasks_of_rank(stage: Stage, work: Path, *, rank: int, world_size: int) -> list[int]:
+    """The tasks that fall to one of ``world_size`` workers and are not done: every ``world_size``-th.
+
+    Raises:
+        ConfigError: there is no such rank.
+    """
+    if not 0 <= rank < world_size:
+        raise ConfigError("--rank", "is no rank of so many workers", got=rank, expected=f"0 to {world_size - 1}")
+    mine = range(rank, stage.num_tasks, world_size)
+    return [task for task in mine if not task_directory(work, stage.name, task).is_dir()]
+
+
+def run_task(stage: Stage, work: Path, task: int, log: BuildLog) -> None:
+    """Run one task and note it in the log. On any exception nothing of it is left.
+
+    Raises:
+        StorageError: its output cannot be written.
+        GraftError: whatever the stage finds wrong.
+    """
+    target = task_directory(work, stage.name, task)
+    started, wall, processor = _now(), time.monotonic(), time.process_time()
+    _remove_scratch(target)
+    with directory_in_one_step(target) as scratch:
+        facts = stage.run(task, scratch)
+    log.write(
+        event="task", stage=stage.name, task=task, started=started, seconds=round(time.monotonic() - wall, 3),
+        cpu_seconds=round(time.process_time() - processor, 3), host=socket.gethostname(), facts=dict(facts),
+    )  # fmt: skip
+    for name in stage.obsolete:
+        shutil.rmtree(work / name, ignore_errors=True)
+
+
+def run_stage(stage: Stage, work: Path, log: BuildLog, *, rank: int = 0, world_size: int = 1) -> None:
+    """Run what is left of one worker's tasks of a stage.
+
+    Raises:
+        ConfigError: there is no such rank.
+        GraftError, StorageError: a task failed; those before it are kept.
+    """
+    tasks = tasks_of_rank(stage, work, rank=rank, world_size=world_size)
+    progress = StageProgress(stage, len(tasks))
+    for task in tasks:
+        run_task(stage, work, task, log)
+        progress.advance()
+
+
+class StageProgress:
+    """One line for every finished task of several, with the time that the rest will take."""
+
+    def __init__(self, stage: Stage, num_tasks: int) -> None:
+        self._name, self._total, self._done = stage.name, num_tasks, 0
+        self._start = time.monotonic()
+
+    def advance(self) -> None:
+        """Count one task more."""
+        self._done += 1
+        if self._total == 1:  # the stage's own line says all
+            return
+        elapsed = time.monotonic() - self._start
+        remaining = elapsed / self._done * (self._total - self._done)
+        get_logger().info(
+            "%s: %d/%d tasks, %s, ETA %s", self._name, self._done, self._total,
+            format_seconds(elapsed), format_seconds(remaining),
+        )  # fmt: skip
+
+
+class BuildLog:
+    """The structured log of a build: one JSON object a line, appended as tasks and stages end.
+
+    Every line is one write to a file opened for appending, so processes of a node may share it.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def write(self, **record: Any) -> None:
+        """Append one record."""
+        line = json.dumps(record, ensure_ascii=False) + "\n"
+        with storage_errors(self.path):
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with self.path.open("ab", buffering=0) as stream:
+                stream.write(line.encode())
+
+    def stage(self, name: str, tasks: int, seconds: float) -> None:
+        """Note that a stage has ended."""
+        self.write(event="stage", stage=name, tasks=tasks, seconds=round(seconds, 3), ended=_now())
+
+    def records(self) -> list[dict[str, Any]]:
+        """All whole lines so far; a line that a kill cut short is passed over."""
+        if not self.path.is_file():
+            return []
+        records = []
+        for line in self.path.read_text(encoding="utf-8").splitlines():
+            with contextlib.suppress(ValueError):
+                records.append(json.loads(line))
+        return records
+
+
+@contextlib.contextmanager
+def work_lock(work: Path, *, alone: bool) -> Iterator[None]:
+    """Hold a work directory: alone, as a whole build does, or beside others, as tasks of a stage do.
+
+    The lock dies with its process, so a killed build never stands in the way. File systems without locks are let
+    through: there, the plan still refuses a build of other settings.
+
+    Raises:
+        BankError: another process builds there.
+    """
+    with storage_errors(work):
+        work.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(work / _LOCK_NAME, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        try:
+            fcntl.flock(descriptor, (fcntl.LOCK_EX if alone else fcntl.LOCK_SH) | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise BankError(
+                work,
+                "is the work directory of a build that is running",
+                remedy="Wait for it, stop it, or give another --work-dir.",
+            ) from None
+        except OSError as error:
+            get_logger().warning("%s: cannot be locked (%s); two builds there would not notice each other",
+                                 work, error.strerror)  # fmt: skip
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _remove_scratch(target: Path) -> None:
+    """Clear away what a killed process left of this task. No task runs twice at a time: ranks own their tasks."""
+    for scratch in target.parent.glob(f".{target.name}.*"):
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _now() -> str:
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
