@@ -1,4 +1,7 @@
-"""The files that need a cluster: linted, and the batch script run with stand-ins for Slurm's commands."""
+"""The files that need a cluster: linted, and what they do before a job starts, or with stand-ins for Slurm's commands.
+
+What they do under a real Slurm: test_slurm_pretrain.py and test_slurm_build.py.
+"""
 
 from __future__ import annotations
 
@@ -40,21 +43,23 @@ done
 kept=(--nnodes=1 --nproc-per-node=2 --master-addr=127.0.0.1 "${{kept[@]}}")
 exec {sys.executable} -m torch.distributed.run "${{kept[@]}}"
 """
-# In the place of the training script: like Megatron, it saves and exits when it is told to, and it has a
-# helper process that knows nothing of signals.
+# In the place of the training script: like Megatron, it saves and exits when it is told to, and it has
+# helper processes that know nothing of signals: one inherits that they are ignored, the other does not.
 WORKER = """
 import os, pathlib, signal, subprocess, time
 told = []
-helper = subprocess.Popen(["sleep", "60"])
+helpers = [subprocess.Popen(["sleep", "60"])]
 signal.signal(signal.SIGUSR1, lambda *_: told.append(1))
+helpers.append(subprocess.Popen(["sleep", "60"]))
 rank = os.environ["RANK"]
 pathlib.Path("ready" + rank).touch()
 deadline = time.monotonic() + 60
 while not told and time.monotonic() < deadline and not pathlib.Path("finish").exists():
     time.sleep(0.02)
 time.sleep(0.5)  # saving takes longer than others would need to die
-assert helper.poll() is None, "the helper died of the signal"
-helper.kill()
+assert [helper.poll() for helper in helpers] == [None, None], "a helper died of the signal"
+for helper in helpers:
+    helper.kill()
 pathlib.Path(("saved" if told else "finished") + rank).touch()
 """
 
@@ -68,17 +73,21 @@ def test_the_dockerfile_lints() -> None:
     lint(str(TOOLS / "hadolint"), "Dockerfile")
 
 
-def test_the_batch_script_lints() -> None:
-    lint("bash", "-n", str(BATCH_SCRIPT))
-    lint(str(TOOLS / "shellcheck"), str(BATCH_SCRIPT))
+@pytest.mark.parametrize("name", ["pretrain.sbatch", "build_bank.sbatch", "submit_build.sh"])
+def test_a_script_lints(name: str) -> None:
+    script = str(BATCH_SCRIPT.with_name(name))
+    lint("bash", "-n", script)
+    lint(str(TOOLS / "shellcheck"), script)
 
 
 def test_the_image_never_replaces_the_base_images_pytorch() -> None:
     dockerfile = (REPOSITORY / "Dockerfile").read_text()
-    steps = dockerfile.replace("\\\n", " ").splitlines()
-    installs = [part for step in steps for part in step.split("&&") if re.search(r"\bpip (install|wheel)\b", part)]
+    script = (REPOSITORY / "scripts/install_image.sh").read_text()
+    assert not re.search(r"\bpip (install|wheel|uninstall)\b", dockerfile)
+    assert re.findall(r"scripts/install_image.sh (wheel|install|check)", dockerfile) == ["wheel", "install", "check"]
+    installs = [line for line in script.splitlines() if re.search(r"-m pip (install|wheel|uninstall)\b", line)]
     assert len(installs) == 4
-    assert not [part for part in installs if "--no-deps" not in part]
+    assert not [line for line in installs if "--no-deps" not in line]
     assert re.search(r"^USER 1\d+$", dockerfile, re.MULTILINE)
     assert re.findall(r"^FROM (\S+)", dockerfile, re.MULTILINE) == [
         "nvcr.io/nvidia/pytorch:${PYTORCH_VERSION}-py3"
@@ -88,6 +97,20 @@ def test_the_image_never_replaces_the_base_images_pytorch() -> None:
     added = subprocess.run([command[0], "-S", *command[1:]], capture_output=True, text=True, check=True).stdout
     assert "megatron-core==" in added
     assert not re.search(r"^(torch|triton|nvidia-|cuda-)", added, re.MULTILINE)
+
+
+def test_the_apptainer_recipe_takes_the_steps_of_the_dockerfile() -> None:
+    recipe = (REPOSITORY / "examples/apptainer/megatron-graft.def").read_text()
+    dockerfile = (REPOSITORY / "Dockerfile").read_text()
+    steps, base, settings = (
+        [re.findall(pattern, text, re.MULTILINE) for text in (recipe, dockerfile)]
+        for pattern in (r"/?scripts/install_image.sh (wheel|install|check)\b", r"PYTORCH_VERSION=(\S+)$", r"\w+=1\b")
+    )
+    assert steps[0] == steps[1] == ["wheel", "install", "check"]
+    assert set(base[0]) == set(base[1]) and set(settings[0]) == set(settings[1])
+    copied = re.findall(r"^    (\S+) /src/(\S+)$", recipe, re.MULTILINE)
+    assert {"csrc", "megatron_graft", "scripts", "setup.py", "requirements.lock"} <= {source for source, _ in copied}
+    assert all(source == target and (REPOSITORY / source).exists() for source, target in copied)
 
 
 @pytest.fixture
@@ -183,3 +206,52 @@ def test_a_missing_setting_is_named_before_anything_starts(job: dict[str, str], 
     assert process.returncode != 0
     assert f"set {name}" in output
     assert not (Path(job["SLURM_SUBMIT_DIR"]) / "scontrol.log").exists()
+
+
+# ---- building a bank: what is refused before anything is submitted
+
+
+def call(directory: Path, name: str, *arguments: object, **variables: str) -> tuple[int, str]:
+    """Run a script with a Slurm that has an empty queue and takes every job; return exit code and error output."""
+    commands = directory / "bin"
+    commands.mkdir(exist_ok=True)
+    for command in ("squeue", "sbatch"):
+        (commands / command).write_text(
+            f"#!/usr/bin/env bash\n[ {command} = squeue ] || echo 7 | tee -a {directory}/jobs\n"
+        )
+        (commands / command).chmod(0o755)
+    environment = os.environ | {"PATH": f"{commands}:{TOOLS}:{os.environ['PATH']}"} | variables
+    command_line = ["bash", str(BATCH_SCRIPT.with_name(name)), *map(str, arguments)]
+    finished = subprocess.run(command_line, cwd=directory, env=environment, capture_output=True, text=True)
+    assert not (directory / "jobs").exists()
+    return finished.returncode, finished.stderr
+
+
+def test_submitting_a_build_refuses_what_cannot_work(tmp_path: Path) -> None:
+    cases: list[tuple[tuple[object, ...], dict[str, str], str]] = [
+        ((), {}, "expected WORK_DIR first"),
+        (("--output", "bank"), {}, "expected WORK_DIR first"),
+        (("work",), {"GRAFT_MAX_TASKS": "many"}, "GRAFT_MAX_TASKS: not a number of tasks (got many"),
+        (("work",), {"GRAFT_MAX_TASKS": "0"}, "GRAFT_MAX_TASKS: not a number of tasks (got 0"),
+        (("work",), {}, f"{tmp_path / 'work'}: has no plan. Give the flags"),
+        (("work", "--num-rows", 10), {}, "error: --data-prefix: is missing"),
+    ]
+    for arguments, variables, message in cases:
+        code, errors = call(tmp_path, "submit_build.sh", *arguments, **variables)
+        assert code == 2 and message in errors, errors
+
+
+def test_submitting_a_build_without_slurm_says_where_to_call_it(tmp_path: Path) -> None:
+    for name in ("bash", "dirname", "realpath"):
+        (tmp_path / name).symlink_to(shutil.which(name) or name)
+    command = ["bash", str(BATCH_SCRIPT.with_name("submit_build.sh")), "work"]
+    finished = subprocess.run(command, env={"PATH": str(tmp_path)}, capture_output=True, text=True)
+    assert finished.returncode == 2
+    assert finished.stderr.startswith("error: sbatch: not found. Call this where jobs are submitted")
+
+
+def test_a_job_of_a_build_refuses_what_cannot_work(tmp_path: Path) -> None:
+    code, errors = call(tmp_path, "build_bank.sbatch", "encode")
+    assert code == 2 and "expected STAGE and WORK_DIR, got 1 arguments" in errors
+    code, errors = call(tmp_path, "build_bank.sbatch", "encode", tmp_path / "work")
+    assert code == 2 and f"{tmp_path / 'work'}/plan.json: no such file on" in errors
