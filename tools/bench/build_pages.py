@@ -58,4 +58,15 @@ def _encode(encode: Results) -> str:
     title = (
         f"{encode['donor']}, layer {layers}, {encode['dtype']}, {encode['threads']} threads, {encode['rows']:,} rows"
     )
-    return markdown_table([title, "donor tokens a row", "rows a second"], rows)
+    tables = [markdown_table([title, "donor tokens a row", "rows a second"], rows)]
+    differences = []
+    for layer, between in encode["difference"].items():
+        differences.append([f"layer {layer}: packs from whole texts", *_shares(between)])
+        for way, name in names.items():
+            differences.append([f"layer {layer}: {name} from float64", *_shares(encode["from_float64"][layer][way])])
+    header = ["difference of a row over its norm", "median", "99 %", "largest"]
+    return "\n\n".join([*tables, markdown_table(header, differences)])
+
+
+def _shares(differences: Results) -> list[str]:
+    return [f"{differences[name]:.1e}" for name in ("median", "p99", "largest")]

@@ -22,6 +22,9 @@ from megatron_graft.building.packs import DEFAULT_PACK_TOKENS, Packs, flat_token
 BATCH_TOKENS = 1024
 """Most tokens of one pass of whole texts."""
 
+FLOAT64_BATCHES = 4
+"""Batches of whole texts that run in float64 too."""
+
 
 def measure_encoding(
     donor_directory: Path,
@@ -48,8 +51,8 @@ def measure_encoding(
 
     Returns:
         plain JSON values: donor tokens a row of all packs and of whole texts, rows a second both ways, the median
-        of the rounds' ratios, and the largest difference between a row's two states as a share of its norm, by
-        layer.
+        of the rounds' ratios, and by layer the differences between a row's two states as shares of its norm, and
+        those of both from float64.
     """
     donor = HuggingFaceDonor(donor_directory, dtype=dtype, pack_tokens=pack_tokens, threads=threads, device="cpu")
     ids, lengths = flat_token_lists(donor.token_lists(texts))
@@ -82,7 +85,28 @@ def measure_encoding(
         },
         "rows_per_second": {way: round(rows / statistics.median(taken), 1) for way, taken in seconds.items()},
         "speed_up": round(statistics.median(b / a for a, b in zip(*seconds.values(), strict=True)), 2),
-        "largest_difference": {str(layer): _largest_difference(packed[layer], whole[layer]) for layer in layers},
+        "difference": {str(layer): _differences(packed[layer], whole[layer]) for layer in layers},
+        "from_float64": _from_float64(donor, layers, batches, {"packs": packed, "whole": whole}),
+    }
+
+
+def _from_float64(
+    donor: HuggingFaceDonor,
+    layers: Sequence[int],
+    batches: Sequence[tuple[np.ndarray, np.ndarray]],
+    found: dict[str, dict[int, np.ndarray]],
+) -> dict[str, Any]:
+    """How far both ways are from the same texts in float64, for some of the texts: layer -> way -> differences."""
+    exact = DonorModel(
+        donor.directory, dtype="float64", device="cpu", num_layers=donor.num_layers, layers=layers
+    )  # fmt: skip
+    some = batches[:: max(1, len(batches) // FLOAT64_BATCHES)]
+    numbers = np.concatenate([batch_numbers for _, batch_numbers in some])
+    num_states = len(next(iter(found["packs"].values())))
+    states = _run_whole(exact, some, 1, num_states)
+    return {
+        str(layer): {way: _differences(ways[layer][numbers], states[layer][numbers]) for way, ways in found.items()}
+        for layer in layers
     }
 
 
@@ -123,6 +147,8 @@ def _run_whole(
     return out
 
 
-def _largest_difference(found: np.ndarray, expected: np.ndarray) -> float:
-    difference = np.linalg.norm(found - expected, axis=1) / np.linalg.norm(expected, axis=1)
-    return float(f"{difference.max():.3g}")
+def _differences(found: np.ndarray, expected: np.ndarray) -> dict[str, float]:
+    """Norms of the differences of rows over the rows' norms: the largest, the 99th percentile and the median."""
+    shares = np.linalg.norm(found - expected, axis=1) / np.linalg.norm(expected, axis=1)
+    percentiles = {"largest": 100, "p99": 99, "median": 50}
+    return {name: float(f"{np.percentile(shares, percent):.3g}") for name, percent in percentiles.items()}

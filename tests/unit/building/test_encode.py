@@ -139,6 +139,7 @@ def test_texts_that_cannot_be_packed_are_refused(tmp_path: Path, donor: HuggingF
 def test_the_bench_finds_the_same_states_both_ways(donor_directory: Path) -> None:
     found = measure_encoding(donor_directory, TEXTS, LAYERS, pack_tokens=16, sample_packs=5, rounds=1)
     assert found["tokens_per_row"]["packs"] < found["tokens_per_row"]["whole"]
-    assert all(difference < 1e-5 for difference in found["largest_difference"].values())
+    for layer in map(str, LAYERS):
+        assert found["difference"][layer]["largest"] < 1e-5 and found["from_float64"][layer]["packs"]["largest"] < 1e-5
     assert 0 < found["sampled_rows"] <= found["rows"] == len(TEXTS)
     json.dumps(found)
