@@ -1,7 +1,8 @@
 #!/usr/bin/env python3
 """Build a graft bank: count n-grams of data sets, keep the most frequent, run each through a donor.
 
-Everything runs on this machine. Killed at any moment and started again with the same flags, it goes on where it was.
+Everything runs on this machine, unless --executor says otherwise. Killed at any moment and started again with the same
+flags, it goes on where it was.
 tools/build_stage.py runs the same stages one by one, as jobs of a cluster.
 """
 
@@ -76,9 +77,9 @@ def _build(flags: argparse.Namespace) -> None:
         estimate_whole(flags)
     elif flags.executor == "local":
         build_whole(flags)
-    else:
+    elif (plan := plan_build(flags)) is not None:
         run_with_datatrove(
-            plan_build(flags).config.work, executor=flags.executor, workers=flags.workers, slurm=_slurm(flags)
+            plan.config.work, executor=flags.executor, workers=max(1, plan.config.workers), slurm=_slurm(flags)
         )
 
 

@@ -68,8 +68,8 @@ def _plan(words: list[str]) -> None:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False,
     )  # fmt: skip
     add_build_flags(parser)
-    plan = plan_build(parse_build_flags(parser, words))
-    get_logger().info("%s: planned", plan.config.work)
+    if (plan := plan_build(parse_build_flags(parser, words))) is not None:
+        get_logger().info("%s: planned", plan.config.work)
 
 
 def _list(work: Path) -> None:

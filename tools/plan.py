@@ -34,6 +34,8 @@ from megatron_graft.errors import ConfigError
 from megatron_graft.files import write_bytes_atomically
 from megatron_graft.reporting.cost_page import check_table, plan_page
 
+MOST = 1e18
+"""No number of a plan is as large."""
 MARK = "<!-- Everything below is made by tools/plan.py build --update-page. -->"
 
 
@@ -98,6 +100,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _run(arguments: argparse.Namespace, words: Sequence[str]) -> None:
+    _check(arguments)
     shape, rates, fleet = _shape(arguments), _rates(arguments), _fleet(arguments)
     if arguments.check is not None:
         stages = summarise_stages(read_build_log(arguments.check))
@@ -112,6 +115,8 @@ def _run(arguments: argparse.Namespace, words: Sequence[str]) -> None:
         return
     kept = [word for place, word in enumerate(words) if "--update-page" not in (word, words[place - 1])]
     command = f"```\npython tools/plan.py {' '.join(kept)}\n```\n\n"
+    if not arguments.update_page.is_file():
+        raise ConfigError(f"--update-page {arguments.update_page}", "does not exist")
     text = _page_with(arguments.update_page.read_text(encoding="utf-8"), command + page, arguments.update_page)
     write_bytes_atomically(arguments.update_page, text.encode())
 
@@ -120,6 +125,20 @@ def _page_with(page: str, plan: str, where: Path) -> str:
     if MARK not in page:
         raise ConfigError(f"--update-page {where}", "has no place for the plan", expected=f"a line {MARK}")
     return page[: page.index(MARK)] + MARK + "\n\n" + plan
+
+
+def _check(arguments: argparse.Namespace) -> None:
+    """Refuse numbers that no plan can be made of."""
+    for flag in ("nodes", "cores_per_node", "count_mtok_per_core", "spill_gb_per_s", "gpu_tflops", "mfu",
+                 "assemble_gb_per_s", "donor_tokens_per_s", "donor_params", "vocab_size", "tokens", "rows",
+                 "donor_tokens_per_row"):  # fmt: skip
+        value = getattr(arguments, flag)
+        if value is not None and not 0 < value < MOST:
+            raise ConfigError(
+                f"--{flag.replace('_', '-')}", "is out of range", got=value, expected=f"above 0, below {MOST:g}"
+            )
+    if arguments.gpus_per_node < 0:
+        raise ConfigError("--gpus-per-node", "is negative", got=arguments.gpus_per_node, expected="0 or more")
 
 
 def _shape(arguments: argparse.Namespace) -> BuildShape:
@@ -156,11 +175,6 @@ def _orders(arguments: argparse.Namespace) -> dict[int, OrderShape]:
 
 
 def _rates(arguments: argparse.Namespace) -> Rates:
-    for flag in ("nodes", "cores_per_node", "count_mtok_per_core", "spill_gb_per_s", "gpu_tflops", "mfu",
-                 "assemble_gb_per_s"):  # fmt: skip
-        value = getattr(arguments, flag)
-        if not value > 0:
-            raise ConfigError(f"--{flag.replace('_', '-')}", "is not above 0", got=value)
     return Rates(
         count_tokens=arguments.count_mtok_per_core * 1e6,
         spill_bytes=arguments.spill_gb_per_s * 1e9,

@@ -55,6 +55,7 @@ if [ $# -gt 0 ]; then
 elif [ ! -f "$work/plan.json" ]; then
     fail "$work: has no plan. Give the flags of tools/build_bank.py (data, tokenizer, donor, output) behind WORK_DIR"
 fi
+[ -f "$work/plan.json" ] || exit 0 # the bank is there, and the plan has said so
 stages="$("${build_stage[@]}" list --work-dir "$work")"
 mkdir -p "$work/logs"
 

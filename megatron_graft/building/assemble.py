@@ -62,9 +62,25 @@ def assemble_bank(
         }
     }
     if config.output.exists():  # a build that was killed between the bank and the end of this task
-        return {"digest": existing_bank(config.output, plan.settings).digest, **facts}
+        digest = existing_bank(config.output, plan.settings).digest
+    else:
+        digest = _write(plan, keys, layers, selection, donor_facts)
+    for layer in layers:
+        _rows_path(scratch, layer).unlink()
+    return {"digest": digest, **facts}
+
+
+def _write(
+    plan: BuildPlan,
+    keys: BankKeys,
+    layers: Mapping[int, ProcessedLayer],
+    selection: Mapping[str, Any],
+    donor_facts: Mapping[str, Any],
+) -> str:
+    """Write the bank; return its digest."""
+    config = plan.config
     rows = _stored_rows(plan, layers)
-    manifest = write_bank(
+    return write_bank(
         config.output,
         keys=keys,
         layers=rows.layers,
@@ -84,10 +100,7 @@ def assemble_bank(
             "statistics": {str(layer): processed.statistics() for layer, processed in layers.items()},
             "megatron_graft": megatron_graft.__version__,
         },
-    )
-    for layer in layers:
-        _rows_path(scratch, layer).unlink()
-    return {"digest": manifest.digest, **facts}
+    ).digest
 
 
 def _rows_path(scratch: Path, layer: int) -> Path:

@@ -17,7 +17,14 @@ from megatron_graft.bank.manifest import Control, Manifest
 from megatron_graft.bank.quantise import StoredRows
 from megatron_graft.bank.reader import Bank, open_bank
 from megatron_graft.bank.writer import write_bank
-from megatron_graft.building.build_plan import BankBuildConfig, BuildPlan, check_inputs_unchanged, keep_plan, make_plan
+from megatron_graft.building.build_plan import (
+    PLAN_NAME,
+    BankBuildConfig,
+    BuildPlan,
+    check_inputs_unchanged,
+    keep_plan,
+    make_plan,
+)
 from megatron_graft.building.controls import control_rows
 from megatron_graft.building.encode import Encoder
 from megatron_graft.building.existing import existing_bank
@@ -25,7 +32,15 @@ from megatron_graft.building.pool import CountingPool
 from megatron_graft.building.room import check_room_of_plan
 from megatron_graft.building.select import NgramTokenizer
 from megatron_graft.building.stages import BuildStages, ReportOn
-from megatron_graft.building.tasks import BuildLog, Stage, remaining_stages, run_stage, work_lock
+from megatron_graft.building.tasks import (
+    LOCK_NAME,
+    BuildLog,
+    Stage,
+    remaining_stages,
+    remove_obsolete,
+    run_stage,
+    work_lock,
+)
 from megatron_graft.errors import BankError
 from megatron_graft.log import format_seconds, get_logger
 
@@ -62,7 +77,10 @@ def build_bank(
     """
     plan = make_plan(config, tokenizer=tokenizer, encoder=encoder, sources=sources)
     if config.output.exists():
-        return existing_bank(config.output, plan.settings).manifest
+        manifest = existing_bank(config.output, plan.settings).manifest
+        if not (config.work / PLAN_NAME).is_file():
+            get_logger().info("%s is complete (%s): nothing to do", config.output, manifest.digest[:12])
+            return manifest
     check_room_of_plan(plan)
     with work_lock(config.work, alone=True):
         plan = keep_plan(plan, config.work)
@@ -75,7 +93,7 @@ def build_bank(
         run_locally(stages, workers=config.workers)
         manifest = open_bank(config.output).manifest
         if not keep_work:
-            shutil.rmtree(config.work)
+            _remove_work(stages)
     return manifest
 
 
@@ -86,6 +104,7 @@ def run_locally(stages: BuildStages, *, workers: int) -> None:
         GraftError: whatever a stage finds wrong.
         PlatformError: a worker process died.
     """
+    remove_obsolete(stages.all, stages.work)
     left = remaining_stages(stages.all, stages.work)
     if len(left) < len(stages.all):
         get_logger().info("%s: going on with %s", stages.work, left[0].name if left else "nothing")
@@ -94,12 +113,22 @@ def run_locally(stages: BuildStages, *, workers: int) -> None:
         pool: CountingPool | None = None
         for stage in left:
             started = time.monotonic()
-            if stage.in_pool and workers > 1:
+            if stage.in_pool and workers:
                 pool = pool or stack.enter_context(CountingPool(stages.plan.counts, stages.work, stages.log, workers))
                 pool.run(stage)
             else:
                 run_stage(stage, stages.work, stages.log)
             _note(stage, stages.log, time.monotonic() - started)
+
+
+def _remove_work(stages: BuildStages) -> None:
+    """Remove what this build made; the directory goes with it unless somebody else put something there."""
+    for stage in stages.all:
+        shutil.rmtree(stages.work / stage.name, ignore_errors=True)
+    for name in (PLAN_NAME, LOCK_NAME):
+        (stages.work / name).unlink(missing_ok=True)
+    with contextlib.suppress(OSError):
+        stages.work.rmdir()
 
 
 def _note(stage: Stage, log: BuildLog, seconds: float) -> None:
@@ -128,7 +157,9 @@ def build_control(source: Path, control: Control, output: Path) -> Manifest:
         )
     settings = {"from_bank": bank.digest, "control": control.kind, "seed": control.seed}
     if output.exists():
-        return existing_bank(output, settings).manifest
+        manifest = existing_bank(output, settings).manifest
+        get_logger().info("%s is complete (%s): nothing to do", output, manifest.digest[:12])
+        return manifest
     started = time.monotonic()
     rows = control_rows(_rows_of(bank), control)
     manifest = write_bank(

@@ -6,9 +6,11 @@ that works for the build reads it, so none can work on something else.
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ from megatron_graft.building.count_plan import CountPlan, plan_counts
 from megatron_graft.building.documents import MegatronDocuments
 from megatron_graft.building.encode import Encoder
 from megatron_graft.building.select import NgramTokenizer, Quota
+from megatron_graft.building.tasks import LOCK_NAME, PLANNED, BuildLog
 from megatron_graft.errors import BankError, BankIncompleteError, ConfigError, DataError
 from megatron_graft.files import write_json_atomically
 
@@ -64,9 +67,9 @@ class BankBuildConfig:
     work_dir: Path | None = None
     """Where a build keeps what is done; None: ``<output>.build``. Removed when the bank is there."""
     workers: int = 1
-    """Processes that count side by side."""
+    """Processes that count side by side; 0 counts in this process, whose own memory then comes on top."""
     memory_gb: float = 4.0
-    """Most memory, in GiB, of all processes while counting."""
+    """Most memory, in GiB, of all processes that count, together."""
     encode_tasks: int | None = None
     """Into how many tasks the donor's work is cut; None: about one for 100,000 rows."""
     count_slices: int | None = None
@@ -102,12 +105,15 @@ class BankBuildConfig:
             DonorError: the donor lacks a layer.
         """
         at_least_one = {
-            "--min-count": self.min_count, "--workers": self.workers, "--pack-tokens": self.pack_tokens,
+            "--min-count": self.min_count, "--workers": self.workers + 1, "--pack-tokens": self.pack_tokens,
             "--encode-tasks": 1 if self.encode_tasks is None else self.encode_tasks,
         }  # fmt: skip
         for flag, value in at_least_one.items():
             if value < 1:
                 raise ConfigError(flag, "is too small", got=value, expected="at least 1")
+        if not 0 < self.memory_gb < float("inf"):
+            raise ConfigError("--memory-gb", "is no amount of memory", got=self.memory_gb, expected="GiB, above 0")
+        self._check_directories()
         self.quota.groups(self.orders)
         if self.row_dtype not in BUILD_DTYPES:
             expected = " or ".join(BUILD_DTYPES)
@@ -116,6 +122,14 @@ class BankBuildConfig:
             largest = f"at most {MAX_VOCAB_SIZE}"
             raise ConfigError("--tokenizer-model", "has too many tokens", got=tokenizer.vocab_size, expected=largest)
         encoder.check_layers(self.donor_layers)
+
+    def _check_directories(self) -> None:
+        output, work = self.output.resolve(), self.work.resolve()
+        if output == work or output in work.parents or work in output.parents:
+            raise ConfigError(
+                f"--work-dir {self.work}", "and --output lie one within the other", got=self.output,
+                remedy="Put them side by side: the work directory is removed when the bank is there.",
+            )  # fmt: skip
 
     def settings(self, documents: MegatronDocuments, tokenizer: NgramTokenizer, encoder: Encoder) -> dict[str, Any]:
         """Everything that decides the bank, for telling whether a bank or a half-done build is the one asked for."""
@@ -249,8 +263,8 @@ def make_plan(
         eod=tokenizer.eod,
         min_count=config.min_count,
         count_by=config.count_by,
-        memory_bytes=int(config.memory_gb * GIB) // config.workers,
-        workers=config.workers,
+        memory_bytes=int(config.memory_gb * GIB) // max(1, config.workers),
+        workers=max(1, config.workers),
         num_slices=config.count_slices,
         num_partitions=config.count_partitions,
     )
@@ -281,31 +295,48 @@ def _encode_tasks(config: BankBuildConfig) -> int:
 
 
 def keep_plan(plan: BuildPlan, work: Path) -> BuildPlan:
-    """Write the plan into its work directory, or return the one there if it is of the same build.
+    """Write the plan into its work directory; if one of the same build is there, return it with this start's options.
 
-    How the work was cut when the build began stays as it was, whatever the workers and memory of this start.
+    How the work was cut when the build began stays as it was; workers, memory and what is reported are those of this
+    start.
 
     Raises:
-        BankError: the directory belongs to a build of other settings.
+        BankError: the directory belongs to a build of other settings or another output, or holds something else.
         DataError: an input changed since that build began.
         StorageError: the plan cannot be written.
     """
     path = work / PLAN_NAME
     if not path.is_file():
+        _refuse_foreign(work)
+        BuildLog(plan.config.log).write(event=PLANNED, settings=plan.settings)
         write_json_atomically(path, plan.to_json())
         return read_plan(work)
     kept = read_plan(work)
-    wanted = json.loads(json.dumps(plan.settings))
-    if different := differing(kept.settings, wanted):
+    wanted = json.loads(json.dumps({**plan.settings, "output": str(plan.config.output)}))
+    found = {**kept.settings, "output": str(kept.config.output)}
+    if different := differing(found, wanted):
         raise BankError(
             work,
             "is the work directory of a build with other settings",
-            got=_listed(kept.settings, different),
+            got=_listed(found, different),
             expected=_listed(wanted, different),
             remedy="Remove it or give another --work-dir.",
         )
     _check_inputs(kept, plan.inputs, work)
-    return kept
+    counts = replace(kept.counts, memory_bytes=plan.counts.memory_bytes)
+    plan = replace(plan, counts=counts, encode_tasks=kept.encode_tasks)
+    write_json_atomically(path, plan.to_json())
+    return read_plan(work)
+
+
+def _refuse_foreign(work: Path) -> None:
+    """A directory without a plan may hold nothing: it will be removed when the bank is there."""
+    found = sorted(path.name for path in work.iterdir() if path.name != LOCK_NAME) if work.is_dir() else []
+    if found:
+        raise BankError(
+            work, "is not empty and holds no plan of a build", got=", ".join(found[:3]),
+            expected="an empty directory, or none", remedy="Give another --work-dir.",
+        )  # fmt: skip
 
 
 def read_plan(work: Path) -> BuildPlan:
@@ -330,19 +361,22 @@ def read_plan(work: Path) -> BuildPlan:
             path, "is the plan of another version", got=found, expected=PLAN_VERSION,
             remedy="Remove the work directory and build again.",
         )  # fmt: skip
-    return BuildPlan.from_json(value)
+    plan = BuildPlan.from_json(value)
+    return replace(plan, config=replace(plan.config, work_dir=work.absolute()))  # wherever it was moved to
 
 
 def check_inputs_unchanged(plan: BuildPlan) -> None:
-    """Refuse to go on where a data set is not what it was when the build began.
+    """Refuse to go on where a file of the data sets is not what it was when the build began.
 
     Raises:
         DataError: naming the file.
     """
-    documents = MegatronDocuments(
-        plan.config.data_prefixes, split=plan.config.split, vocab_size=plan.tokenizer.vocab_size
-    )
-    _check_inputs(plan, documents.file_states(), plan.config.work)
+    found = {}
+    for name in plan.inputs:
+        with contextlib.suppress(OSError):
+            state = os.stat(name)
+            found[name] = {"size": state.st_size, "mtime_ns": state.st_mtime_ns}
+    _check_inputs(plan, found, plan.config.work)
 
 
 def _check_inputs(plan: BuildPlan, found: Mapping[str, Any], work: Path) -> None:

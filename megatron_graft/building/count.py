@@ -127,7 +127,7 @@ def _sum_partition(plan: CountPlan, work: Path, order: int, partition: int, scra
         for run_begins, data_set in zip(begins, np.load(directory / _RUN_SETS), strict=True):
             if run_begins[0] < run_begins[-1]:
                 units = plan.data_sets[data_set].units
-                parts.append((str(directory / _RUNS), units, np.ascontiguousarray(run_begins)))
+                parts.append((str(directory / _RUNS), units, np.array(run_begins)))
     block_bytes = load_extension().POOL_BLOCK_BYTES
     begins_bytes = 2 * sum(begins.nbytes + 200 for _, _, begins in parts)
     found = _call(

@@ -20,7 +20,7 @@ from megatron_graft.errors import ConfigError, DataError
 MIN_ORDER, MAX_ORDER = 2, 8
 MAX_VOCAB_SIZE = 1 << 20
 COUNT_BY = ("occurrences", "documents")
-UNITS_OF_COUNT = 1 << 10
+UNITS_OF_COUNT = 1 << 16
 """Units that a count of 1 is where data sets have weights. Units are whole, so sums do not depend on their order."""
 MIN_MEMORY_BYTES = 256_000_000
 INTERPRETER_BYTES = 80_000_000
@@ -282,7 +282,16 @@ def _units(documents: MegatronDocuments, weights: Sequence[float]) -> list[int]:
         weight / total * documents.num_tokens / max(1, tokens)
         for weight, tokens in zip(weights, documents.tokens_by_set, strict=True)
     ]
-    return [max(1, round(UNITS_OF_COUNT * factor)) for factor in factors]
+    units = [round(UNITS_OF_COUNT * factor) for factor in factors]
+    if 0 in units:
+        raise ConfigError(
+            "--data-prefix",
+            "has a weight too small to count with",
+            got=f"{weights[units.index(0)]:g}: an occurrence would count {factors[units.index(0)]:.1e}",
+            expected=f"at least {0.5 / UNITS_OF_COUNT:.1e} an occurrence",
+            remedy="Leave the data set out, or raise its weight.",
+        )
+    return units
 
 
 def _cut(documents: MegatronDocuments, num_slices: int) -> Iterator[list[Piece]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
 
@@ -62,9 +63,10 @@ class KeptOrder:
             return self._plan.vocab_size
         return KeptOrder(self._plan, self._work, self.order - 1).total
 
-    def partitions(self) -> list[tuple[np.ndarray, np.ndarray]]:
-        """Keys and counts (uint64, mapped) of every partition that has any."""
-        return [(_map(d / KEYS_NAME), _map(d / COUNTS_NAME)) for d in self._directories]
+    def partitions(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Keys and counts (uint64, mapped) of every partition, one after the other: no more files are open than two."""
+        for directory in self._directories:
+            yield _map(directory / KEYS_NAME), _map(directory / COUNTS_NAME)
 
     def keys_of(self, nodes: np.ndarray) -> np.ndarray:
         """uint64 keys of nodes (integers ``[N]``)."""

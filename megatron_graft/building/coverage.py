@@ -124,18 +124,6 @@ def coverage_by_rows(
     return coverages
 
 
-def coverage_table(coverages: Mapping[str, Coverage]) -> str:
-    """A plain-text table, one data set a line, shares in percent."""
-    orders = sorted({order for coverage in coverages.values() for order in coverage.hits_by_order})
-    width = max(len("data set"), *(len(name) for name in coverages))
-    heads = "".join(f"{f'order {order}':>9}" for order in orders)
-    lines = [f"{'data set':<{width}}{'positions':>14}{'hit':>9}{heads}{'miss':>9}"]
-    for name, coverage in coverages.items():
-        shares = [coverage.hit_rate, *(coverage.share(order) for order in orders), 1 - coverage.hit_rate]
-        lines.append(f"{name:<{width}}{coverage.positions:>14,}" + "".join(f"{share:>9.1%}" for share in shares))
-    return "\n".join(lines)
-
-
 def coverage_path(bank: Path) -> Path:
     """Where a bank's coverage lies: beside it, since it is no part of what the bank is."""
     return bank.with_name(bank.name + ".coverage.json")

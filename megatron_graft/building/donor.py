@@ -102,9 +102,11 @@ class HuggingFaceDonor:
             )
 
     def settings(self) -> dict[str, Any]:
-        """The type it runs in and the token that every text begins with."""
+        """The type it runs in, the token that every text begins with and, on a GPU, the packs of a pass."""
         bos = {"donor_bos_id": self._text.bos_id, "donor_bos": self._text.bos_source}
-        return {"donor_dtype": self._dtype, **bos}
+        # On a GPU the number of packs of a pass decides how sums are rounded.
+        batch = {} if self._device == "cpu" else {"donor_batch_packs": self._batch_packs or "auto"}
+        return {"donor_dtype": self._dtype, **bos, **batch}
 
     def token_lists(self, texts: Sequence[str]) -> list[list[int]]:
         """Donor ids of every text, BOS first; a leading space counts.

@@ -185,25 +185,24 @@ class EncodedRows:
         if starts[-1] != len(self._taken):
             raise _wrong_task(packs_directory, f"{starts[-1]:,} states of {len(self._taken):,}")
         self._starts = np.array(starts, dtype=np.int64)
-        self._files = {
-            layer: [map_array(_layer_file(directory, layer)) for directory in task_directories] for layer in layers
-        }
-        for layer, files in self._files.items():
-            for directory, file, size in zip(task_directories, files, np.diff(self._starts), strict=True):
-                if len(file) != size:
-                    raise _wrong_task(directory, f"{len(file):,} states of layer {layer} for {size:,} nodes")
+        self._directories = tuple(task_directories)
+        for layer in layers:
+            for directory, size in zip(task_directories, np.diff(self._starts), strict=True):
+                found = map_array(_layer_file(directory, layer))
+                if len(found) != size:
+                    raise _wrong_task(directory, f"{len(found):,} states of layer {layer} for {size:,} nodes")
+                self._width = found.shape[1]
 
     def rows(self, layer: int, start: int, stop: int) -> np.ndarray:
         """Rows ``start`` to ``stop``, the last not included: float32 ``[stop - start, D]``, the caller's own."""
         at = np.searchsorted(self._taken, self._node_of_row[start:stop])
-        files = self._files[layer]
-        out = np.empty((len(at), files[0].shape[1]), dtype=np.float32)
+        out = np.empty((len(at), self._width), dtype=np.float32)
         order = np.argsort(at, kind="stable")  # files are read from front to back
         bounds = np.searchsorted(at[order], self._starts)
-        for task, file in enumerate(files):
+        for task, directory in enumerate(self._directories):
             rows = order[bounds[task] : bounds[task + 1]]
-            if len(rows):
-                out[rows] = file[at[rows] - self._starts[task]]
+            if len(rows):  # opened anew each time: there may be more tasks than a process may hold files open
+                out[rows] = map_array(_layer_file(directory, layer))[at[rows] - self._starts[task]]
         return out
 
 

@@ -9,7 +9,6 @@ from typing import Any
 
 from megatron_graft.bank.reader import Bank, open_bank
 from megatron_graft.errors import BankError, BankVersionError
-from megatron_graft.log import get_logger
 
 _MAKE_ROOM = "Remove it or choose another --output."
 
@@ -35,5 +34,4 @@ def existing_bank(output: Path, settings: Mapping[str, Any]) -> Bank:
             expected=", ".join(f"{name} {wanted.get(name)}" for name in different),
             remedy=_MAKE_ROOM,
         )
-    get_logger().info("%s is complete (%s): nothing to do", output, bank.digest[:12])
     return bank

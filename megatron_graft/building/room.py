@@ -30,7 +30,7 @@ def shape_of_plan(plan: BuildPlan) -> BuildShape:
         row_dtype=config.row_dtype,
         min_count=config.min_count,
         vocab_size=plan.tokenizer.vocab_size,
-        workers=config.workers,
+        workers=max(1, config.workers),
         # A task collects in what the table of kept n-grams leaves it, half of its memory at least.
         chunk_ngrams=min(counts.working_bytes // 2, _MOST_POOL_BYTES) / _KEY_BYTES,
         slice_tokens=tokens / len(counts.slices),
@@ -49,9 +49,12 @@ def check_room_of_plan(plan: BuildPlan) -> None:
         StorageError: as :func:`check_room` of the formulas' own figures.
     """
     shape = shape_of_plan(plan)
-    check_room(plan.config.output, plan.config.work, shape)
+    most = sum(kept_ngrams(shape)[order] for order in shape.orders)  # asked for more, a build takes what there is
+    shape = replace(shape, rows=max(1, min(shape.rows, int(most))))
+    counting = not (plan.config.work / "select").is_dir()  # else the counts are gone, and with them what they needed
+    check_room(plan.config.output, plan.config.work, shape, counting=counting)
     try:
-        check_room(plan.config.output, plan.config.work, cautious(shape))
+        check_room(plan.config.output, plan.config.work, cautious(shape), counting=counting)
     except StorageError as error:
         get_logger().warning("if the text repeats itself little, then %s", error)
 
@@ -69,7 +72,7 @@ def cautious(shape: BuildShape) -> BuildShape:
     return replace(shape, by_order=by_order)
 
 
-def check_room(output: Path, work_dir: Path, shape: BuildShape) -> None:
+def check_room(output: Path, work_dir: Path, shape: BuildShape, *, counting: bool = True) -> None:
     """Refuse a build whose work directory and bank do not fit, by the formulas of ``cost`` for ``shape``.
 
     Give it :func:`shape_of_plan`, or the shape that a sample gave. Text that repeats itself less
@@ -81,15 +84,16 @@ def check_room(output: Path, work_dir: Path, shape: BuildShape) -> None:
         output: the bank's directory, which need not exist.
         work_dir: of the build, likewise.
         shape: what is to be built.
+        counting: whether that is still to be done.
 
     Raises:
         StorageError: a file system has fewer free bytes than are needed.
     """
-    bank, work = bank_size(shape).total, peak_work_bytes(shape)
+    bank, work = bank_size(shape).total, peak_work_bytes(shape, counting=counting)
     needs = {_existing(work_dir): ("--work-dir", work_dir, work - _size(work_dir))}
     if _same_file_system(output, work_dir):
         # The bank is written while what the donor gave is still there, long after the counts are gone.
-        together = max(peak_work_bytes(shape), peak_work_bytes(shape, counting=False) + bank)
+        together = max(work, peak_work_bytes(shape, counting=False) + bank)
         needs = {_existing(work_dir): ("--output", output, together - _size(work_dir))}
     else:
         needs[_existing(output)] = ("--output", output, bank)

@@ -90,9 +90,14 @@ def process_layer(
 
     Raises:
         DonorError: a state is not finite.
-        ConfigError: a value does not fit into float16.
+        ConfigError: a value does not fit into float16, or a single row is to be centred.
     """
     num_rows = states.num_rows
+    if processing.centred and num_rows < 2:
+        raise ConfigError(
+            "--num-rows", "leaves one row, and centring takes the mean of all rows away", expected="at least 2 rows",
+            remedy="Ask for more rows, or for --raw ones.",
+        )  # fmt: skip
     raw_norms = np.empty(num_rows, dtype=np.float32)
     total: np.ndarray | None = None
     progress = Progress(f"process layer {layer}", num_rows, "rows")

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import errno
 import fcntl
 import json
 import os
@@ -20,11 +21,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_graft.errors import BankError, ConfigError
+from megatron_graft.errors import BankError, ConfigError, StorageError
 from megatron_graft.files import directory_in_one_step, storage_errors
 from megatron_graft.log import format_seconds, get_logger
 
-_LOCK_NAME = ".lock"
+LOCK_NAME = ".lock"
+PLANNED = "plan"
+"""The log's record of a new plan: what stands before it is of another build."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,9 +56,18 @@ def is_complete(stage: Stage, work: Path) -> bool:
 
 
 def remaining_stages(stages: Sequence[Stage], work: Path) -> list[Stage]:
-    """The stages after the last complete one. What lies before it was complete once, and may have been removed."""
-    done = max((number for number, stage in enumerate(stages) if is_complete(stage, work)), default=-1)
-    return list(stages[done + 1 :])
+    """The stages that are not done: neither complete, nor made obsolete by one that is."""
+    complete = [stage for stage in stages if is_complete(stage, work)]
+    past = {stage.name for stage in complete} | {name for stage in complete for name in stage.obsolete}
+    return [stage for stage in stages if stage.name not in past]
+
+
+def remove_obsolete(stages: Sequence[Stage], work: Path) -> None:
+    """Remove what complete stages made obsolete and what a kill kept them from removing."""
+    for stage in stages:
+        if stage.obsolete and is_complete(stage, work):
+            for name in stage.obsolete:
+                shutil.rmtree(work / name, ignore_errors=True)
 
 
 def tasks_of_rank(stage: Stage, work: Path, *, rank: int, world_size: int) -> list[int]:
@@ -71,23 +83,37 @@ def tasks_of_rank(stage: Stage, work: Path, *, rank: int, world_size: int) -> li
 
 
 def run_task(stage: Stage, work: Path, task: int, log: BuildLog) -> None:
-    """Run one task and note it in the log. On any exception nothing of it is left.
+    """Run one task, unless it is done, and note it in the log. On any exception nothing of it is left.
+
+    While another process runs the same task (a node that its scheduler thinks dead, say), this one waits for it.
 
     Raises:
         StorageError: its output cannot be written.
         GraftError: whatever the stage finds wrong.
     """
     target = task_directory(work, stage.name, task)
-    started, wall, processor = _now(), time.monotonic(), time.process_time()
-    _remove_scratch(target)
-    with directory_in_one_step(target) as scratch:
-        facts = stage.run(task, scratch)
+    with storage_errors(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
+    lock = target.with_name(f".{target.name}.lock")
+    with _locked(lock, wait=True):
+        if target.is_dir():
+            return
+        _remove_scratch(target)
+        started, wall, processor = _now(), time.monotonic(), time.process_time()
+        try:
+            with directory_in_one_step(target) as scratch:
+                facts = stage.run(task, scratch)
+        except OSError as error:
+            # On a file system without locks the other process may have been first.
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST) or not target.is_dir():
+                raise
+            return
+        lock.unlink(missing_ok=True)  # whoever waits for it finds the task done
     log.write(
         event="task", stage=stage.name, task=task, started=started, seconds=round(time.monotonic() - wall, 3),
         cpu_seconds=round(time.process_time() - processor, 3), host=socket.gethostname(), facts=dict(facts),
     )  # fmt: skip
-    for name in stage.obsolete:
-        shutil.rmtree(work / name, ignore_errors=True)
+    remove_obsolete([stage], work)
 
 
 def run_stage(stage: Stage, work: Path, log: BuildLog, *, rank: int = 0, world_size: int = 1) -> None:
@@ -125,9 +151,10 @@ class StageProgress:
 
 
 class BuildLog:
-    """The structured log of a build: one JSON object a line, appended as tasks and stages end.
+    """The structured log of a build: one JSON object a line, appended as the plan is made and tasks and stages end.
 
-    Every line is one write to a file opened for appending, so processes of a node may share it.
+    Every line is one write to a file opened for appending, so processes of a node may share it. Over a network file
+    system two nodes that write in the same moment may spoil a line; what depends on the log are times alone.
     """
 
     def __init__(self, path: Path) -> None:
@@ -146,13 +173,16 @@ class BuildLog:
         self.write(event="stage", stage=name, tasks=tasks, seconds=round(seconds, 3), ended=_now())
 
     def records(self) -> list[dict[str, Any]]:
-        """All whole lines so far; a line that a kill cut short is passed over."""
+        """The records since the last plan was made; a line that is cut short or spoilt is passed over."""
         if not self.path.is_file():
             return []
-        records = []
-        for line in self.path.read_text(encoding="utf-8").splitlines():
+        records: list[dict[str, Any]] = []
+        for line in self.path.read_text(encoding="utf-8", errors="replace").splitlines():
             with contextlib.suppress(ValueError):
-                records.append(json.loads(line))
+                record = json.loads(line)
+                if isinstance(record, dict):
+                    records = [] if record.get("event") == PLANNED else records
+                    records.append(record)
         return records
 
 
@@ -165,31 +195,49 @@ def work_lock(work: Path, *, alone: bool) -> Iterator[None]:
 
     Raises:
         BankError: another process builds there.
+        StorageError: the directory cannot be made or written.
     """
-    with storage_errors(work):
-        work.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(work / _LOCK_NAME, os.O_RDWR | os.O_CREAT, 0o644)
     try:
-        try:
-            fcntl.flock(descriptor, (fcntl.LOCK_EX if alone else fcntl.LOCK_SH) | fcntl.LOCK_NB)
-        except BlockingIOError:
+        with storage_errors(work):
+            work.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError) as error:
+        raise StorageError(
+            work, "is not a directory", expected="a directory, or a path where one can be made"
+        ) from error
+    with _locked(work / LOCK_NAME, alone=alone) as held:
+        if not held:
             raise BankError(
                 work,
                 "is the work directory of a build that is running",
                 remedy="Wait for it, stop it, or give another --work-dir.",
-            ) from None
-        except OSError as error:
-            get_logger().warning("%s: cannot be locked (%s); two builds there would not notice each other",
-                                 work, error.strerror)  # fmt: skip
+            )
         yield
+
+
+@contextlib.contextmanager
+def _locked(path: Path, *, alone: bool = True, wait: bool = False) -> Iterator[bool]:
+    """Hold a lock file while the block runs; yields False if another process has it and ``wait`` is not set."""
+    with storage_errors(path):
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        held = True
+        kind = fcntl.LOCK_EX if alone else fcntl.LOCK_SH
+        try:
+            fcntl.flock(descriptor, kind if wait else kind | fcntl.LOCK_NB)
+        except BlockingIOError:
+            held = False
+        except OSError as error:
+            get_logger().warning("%s: cannot be locked (%s); others that work there go unnoticed", path, error.strerror)
+        yield held
     finally:
         os.close(descriptor)
 
 
 def _remove_scratch(target: Path) -> None:
-    """Clear away what a killed process left of this task. No task runs twice at a time: ranks own their tasks."""
+    """Clear away what a killed process left of this task; whoever runs one holds its lock."""
     for scratch in target.parent.glob(f".{target.name}.*"):
-        shutil.rmtree(scratch, ignore_errors=True)
+        if scratch.is_dir():
+            shutil.rmtree(scratch, ignore_errors=True)
 
 
 def _now() -> str:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from megatron_graft.bank.reader import open_bank
 from megatron_graft.building.build import build_bank
 from megatron_graft.building.build_plan import (
+    PLAN_NAME,
     BankBuildConfig,
     BuildPlan,
     check_inputs_unchanged,
@@ -26,9 +28,9 @@ from megatron_graft.building.norms import LayerNorms
 from megatron_graft.building.report import coverages_of, kept_report, report_bank, write_report
 from megatron_graft.building.room import check_room, check_room_of_plan, shape_of_plan
 from megatron_graft.building.stages import BuildStages, ReportOn
-from megatron_graft.building.tasks import BuildLog, remaining_stages, run_stage, work_lock
+from megatron_graft.building.tasks import BuildLog, remaining_stages, remove_obsolete, run_stage, work_lock
 from megatron_graft.data.tokenizer import TextTokenizer, load_tokenizer
-from megatron_graft.errors import IdentityError
+from megatron_graft.errors import ConfigError, IdentityError
 from megatron_graft.jobs.bank_data import named_prefixes, open_documents
 from megatron_graft.jobs.build_flags import config_of
 from megatron_graft.log import get_logger
@@ -81,11 +83,12 @@ def estimate_whole(flags: argparse.Namespace) -> None:
         measure_donor=lambda texts: donor_speed(donor, texts, config.donor_layers, config.pack_tokens),
     )
     print(estimate_page(estimate.to_json()))
-    check_room(config.output, config.work, estimate.shape)
+    rows = max(1, min(estimate.shape.rows, int(estimate.qualifying)))
+    check_room(config.output, config.work, replace(estimate.shape, rows=rows))
 
 
-def plan_build(flags: argparse.Namespace) -> BuildPlan:
-    """Write the plan of the build that flags ask for, or check the one that is there.
+def plan_build(flags: argparse.Namespace) -> BuildPlan | None:
+    """Write the plan of the build that flags ask for, or check the one there; None if the bank is there already.
 
     Raises:
         GraftError: as above; nothing has been built.
@@ -96,7 +99,10 @@ def plan_build(flags: argparse.Namespace) -> BuildPlan:
     _open_sources(config, sources, tokenizer)
     plan = make_plan(config, tokenizer=tokenizer, encoder=donor_of(sources), sources=sources)
     if config.output.exists():
-        existing_bank(config.output, plan.settings)
+        digest = existing_bank(config.output, plan.settings).digest
+        if not (config.work / PLAN_NAME).is_file():
+            get_logger().info("%s is complete (%s): nothing to do", config.output, digest[:12])
+            return None
     check_room_of_plan(plan)
     with work_lock(config.work, alone=False):
         return keep_plan(plan, config.work)
@@ -127,6 +133,7 @@ def run_share(work: Path, stage_name: str, *, rank: int, world_size: int) -> Non
         GraftError: a task failed; those before it are kept.
     """
     stages = open_stages(work)
+    remove_obsolete(stages.all, stages.work)
     stage = stages.named(stage_name)
     if stage not in remaining_stages(stages.all, stages.work):
         get_logger().info("%s: done already", stage.name)
@@ -139,6 +146,8 @@ def run_share(work: Path, stage_name: str, *, rank: int, world_size: int) -> Non
 def sources_of(flags: argparse.Namespace) -> dict[str, Any]:
     """What a plan keeps so that other processes, wherever they start, can open the same files."""
     coverage = named_prefixes(flags.coverage, "--coverage")
+    if TRAIN in coverage:
+        raise ConfigError("--coverage", "takes the name of the counted data", got=TRAIN, expected="another name")
     return {
         "tokenizer_model": str(Path(flags.tokenizer_model).absolute()),
         "donor": str(flags.donor.absolute()),
@@ -200,7 +209,7 @@ def _reporter(plan: BuildPlan) -> ReportOn:
             log_records=BuildLog(config.log).records(),
             raw_norms=norms,
             text_of=tokenizer.ngram_text,
-            threads=config.workers,
+            threads=max(1, config.workers),
         )
         write_report(config.output, report)
         write_coverage(open_bank(config.output), coverages_of(report))

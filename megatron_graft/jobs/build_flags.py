@@ -10,13 +10,19 @@ from typing import Any, get_args
 
 from megatron_graft.bank.manifest import Control
 from megatron_graft.bank.quantise import BUILD_DTYPES
-from megatron_graft.building.build_plan import BankBuildConfig
+from megatron_graft.building.build_plan import GIB, BankBuildConfig
+from megatron_graft.building.count_plan import MIN_MEMORY_BYTES
 from megatron_graft.building.donor import DonorDtype
 from megatron_graft.building.packs import DEFAULT_PACK_TOKENS
 from megatron_graft.errors import ConfigError
 
 ALL_ROWS = "all"
 _NOT_IN_FILES = ("help", "config")
+_OF_BUILD_BANK = (
+    "estimate", "estimate_tokens", "executor", "from_bank", "keep_work", "slurm_encode_gpus", "slurm_flags",
+    "slurm_partition", "slurm_time",
+)  # fmt: skip
+"""Flags of tools/build_bank.py alone; a file that has some serves tools/build_stage.py, too."""
 
 
 def add_build_flags(parser: argparse.ArgumentParser) -> None:
@@ -62,9 +68,15 @@ def add_build_flags(parser: argparse.ArgumentParser) -> None:
     work.add_argument(
         "--memory-gb", type=float, default=4.0, help="most memory of counting, all workers together, in GiB"
     )
-    work.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes that count side by side")
     work.add_argument(
-        "--encode-tasks", type=int, metavar="N", help="tasks of the donor's work (default: 100,000 rows each)"
+        "--workers", type=int, metavar="N",
+        help="processes that count side by side; 0: this one (default: as many as there are processors and memory for)",
+    )  # fmt: skip
+    work.add_argument(
+        "--encode-tasks",
+        type=int,
+        metavar="N",
+        help="tasks of the donor's work (default: 100,000 rows each; 16 with --num-rows all)",
     )
     work.add_argument("--count-slices", type=int, metavar="N", help="tasks that read the corpus (default: as fits)")
     work.add_argument("--count-partitions", type=int, metavar="N", help="tasks that sum counts (default: as fits)")
@@ -86,7 +98,8 @@ def _file_defaults(parser: argparse.ArgumentParser, path: Path) -> dict[str, Any
     import yaml
 
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        # Texts alone: YAML would read 12:00:00 as a number of seconds, and the flags know what they are.
+        values = yaml.load(path.read_text(encoding="utf-8"), Loader=yaml.BaseLoader)
     except OSError as error:
         raise ConfigError(f"--config {path}", "cannot be read", got=error.strerror) from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -98,10 +111,10 @@ def _file_defaults(parser: argparse.ArgumentParser, path: Path) -> dict[str, Any
         )
     actions = {action.dest: action for action in parser._actions if action.dest not in _NOT_IN_FILES}
     found = {str(name).replace("-", "_"): value for name, value in values.items()}
-    if unknown := sorted(found.keys() - actions.keys()):
+    if unknown := sorted(found.keys() - actions.keys() - set(_OF_BUILD_BANK)):
         known = ", ".join(sorted(name.replace("_", "-") for name in actions))
         raise ConfigError(f"--config {path}", "names unknown flags", got=", ".join(unknown), expected=known)
-    return {name: _as_flag(actions[name], value, path) for name, value in found.items()}
+    return {name: _as_flag(actions[name], value, path) for name, value in found.items() if name in actions}
 
 
 def _as_flag(action: argparse.Action, value: Any, path: Path) -> Any:
@@ -110,18 +123,18 @@ def _as_flag(action: argparse.Action, value: Any, path: Path) -> Any:
     if isinstance(value, dict) and many:  # rows-by-order: {2: 1000}, coverage: {heldout: prefix}
         value = [f"{name}={part}" for name, part in value.items()]
     if action.nargs == 0:
-        if not isinstance(value, bool):
+        if str(value).lower() not in ("true", "false"):
             raise ConfigError(
                 f"--config {path}", f"gives {action.dest} no truth value", got=value, expected="true or false"
             )
-        return value
+        return str(value).lower() == "true"
+    if value in ("", "null", "~"):
+        return action.default
     if isinstance(value, list) != many:
         expected = "a list" if many else "one value"
         raise ConfigError(
             f"--config {path}", f"gives {action.dest} the wrong kind of value", got=value, expected=expected
         )
-    if value is None:
-        return None
     texts = [str(part) for part in (value if many else [value])]
     convert = action.type if callable(action.type) else str
     try:
@@ -162,7 +175,7 @@ def config_of(flags: argparse.Namespace) -> BankBuildConfig:
         row_dtype=flags.row_dtype,
         output=flags.output.absolute(),
         work_dir=flags.work_dir.absolute() if flags.work_dir else None,
-        workers=flags.workers,
+        workers=_default_workers(flags.memory_gb) if flags.workers is None else flags.workers,
         memory_gb=flags.memory_gb,
         encode_tasks=flags.encode_tasks,
         count_slices=flags.count_slices,
@@ -201,6 +214,12 @@ def blend(values: Sequence[str]) -> tuple[tuple[str, ...], tuple[float, ...] | N
     return tuple(values[1::2]), tuple(weight for weight in given if weight is not None)
 
 
+def _default_workers(memory_gb: float) -> int:
+    """As many as there are processors, and as the memory is enough for."""
+    affordable = int(memory_gb * GIB) // MIN_MEMORY_BYTES if 0 < memory_gb < float("inf") else 1
+    return max(1, min(len(os.sched_getaffinity(0)), affordable))
+
+
 def _number(value: str) -> float | None:
     try:
         return float(value)
@@ -209,7 +228,11 @@ def _number(value: str) -> float | None:
 
 
 def _rows(value: str) -> int | None:
-    return None if value == ALL_ROWS else int(value)
+    if value == ALL_ROWS:
+        return None
+    if not value.isdecimal():
+        raise argparse.ArgumentTypeError(f"{value!r} is neither a number of rows nor '{ALL_ROWS}'")
+    return int(value)
 
 
 def _rows_by_order(values: Sequence[str]) -> tuple[tuple[int, int], ...]:
@@ -218,6 +241,6 @@ def _rows_by_order(values: Sequence[str]) -> tuple[tuple[int, int], ...]:
         raise ConfigError(
             "--rows-by-order", "is malformed", got=" ".join(values), expected="ORDER=ROWS, such as 2=1000"
         )
-    if len({order for order, _, _ in pairs}) < len(pairs):
+    if len({int(order) for order, _, _ in pairs}) < len(pairs):
         raise ConfigError("--rows-by-order", "names an order twice", got=" ".join(values))
     return tuple(sorted((int(order), int(rows)) for order, _, rows in pairs))

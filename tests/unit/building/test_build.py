@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
+import resource
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,11 +15,11 @@ from megatron_graft.bank.bf16 import float32_from_bf16
 from megatron_graft.bank.manifest import Control, Processing
 from megatron_graft.bank.reader import Bank, open_bank
 from megatron_graft.building.build import build_bank, build_control
-from megatron_graft.building.build_plan import BankBuildConfig, keep_plan, make_plan
+from megatron_graft.building.build_plan import BankBuildConfig, BuildPlan, keep_plan, make_plan, read_plan
 from megatron_graft.building.donor import HuggingFaceDonor
 from megatron_graft.building.packs import Packs
 from megatron_graft.building.rows import rows_from_states
-from megatron_graft.building.stages import BuildStages
+from megatron_graft.building.stages import BuildStages, ReportOn
 from megatron_graft.building.tasks import BuildLog, run_stage, task_directory
 from megatron_graft.data.tokenizer import TextTokenizer
 from megatron_graft.errors import BankError, ConfigError, DonorError, StorageError
@@ -31,7 +33,7 @@ SHUFFLED, RANDOM = Control(kind="shuffled", seed=3), Control(kind="random", seed
 def config(data_prefix: str, tmp_path: Path) -> BankBuildConfig:
     return BankBuildConfig(
         data_prefixes=(data_prefix,), split=None, orders=(2, 3, 4), num_rows=60, min_count=2,
-        donor_layers=(1, 2), raw=False, control=None, row_dtype="bfloat16", output=tmp_path / "bank",
+        donor_layers=(1, 2), raw=False, control=None, row_dtype="bfloat16", output=tmp_path / "bank", workers=0,
     )  # fmt: skip
 
 
@@ -185,11 +187,90 @@ def test_a_build_that_fails_leaves_no_bank_and_goes_on_where_it_failed(
         patched.setattr("megatron_graft.files.os.rename", full_disk)
         with pytest.raises(StorageError, match="No space left"):
             build_bank(config, tokenizer=recipient, encoder=donor)
-    assert not config.output.exists() and not list((config.work / "encode").iterdir())
+    assert not config.output.exists() and not list((config.work / "encode").glob("[0-9]*"))
     build_bank(config, tokenizer=recipient, encoder=donor)
     stages = [record["stage"] for record in BuildLog(config.log).records() if record["event"] == "task"]
     assert len(stages) == len(set(stages)), "a finished stage was run again"
     assert not config.work.exists()
+
+
+def test_a_build_killed_in_its_report_goes_on_with_it(
+    config: BankBuildConfig, recipient: TextTokenizer, donor: HuggingFaceDonor
+) -> None:
+    def report_on(_plan: BuildPlan) -> ReportOn:
+        def report(_norms: object) -> dict[str, Any]:
+            reports.append(1)
+            if len(reports) == 1:
+                raise StorageError("report", "cannot be written")
+            return {}
+
+        return report
+
+    reports: list[int] = []
+    with pytest.raises(StorageError):
+        build_bank(config, tokenizer=recipient, encoder=donor, report_on=report_on)
+    assert config.output.exists()
+    build_bank(config, tokenizer=recipient, encoder=donor, report_on=report_on)
+    assert len(reports) == 2 and not config.work.exists()
+
+
+def test_a_work_directory_with_something_else_in_it_is_not_touched(
+    config: BankBuildConfig, recipient: TextTokenizer, donor: HuggingFaceDonor
+) -> None:
+    config.work.mkdir()
+    (config.work / "thesis.txt").write_text("mine")
+    with pytest.raises(BankError, match="is not empty and holds no plan of a build .got thesis.txt"):
+        build_bank(config, tokenizer=recipient, encoder=donor)
+    (config.work / "thesis.txt").unlink()
+    keep_plan(make_plan(config, tokenizer=recipient, encoder=donor), config.work)
+    (config.work / "thesis.txt").write_text("mine")
+    build_bank(config, tokenizer=recipient, encoder=donor)
+    assert [path.name for path in config.work.iterdir()] == ["thesis.txt"]
+
+
+def test_output_and_work_directory_may_not_lie_one_within_the_other(
+    config: BankBuildConfig, recipient: TextTokenizer, donor: HuggingFaceDonor
+) -> None:
+    for work in (config.output, config.output.parent, config.output / "work"):
+        with pytest.raises(ConfigError, match="--work-dir.*one within the other"):
+            build_bank(dataclasses.replace(config, work_dir=work), tokenizer=recipient, encoder=donor)
+
+
+def test_a_resumed_build_takes_this_starts_memory_and_keeps_how_the_work_was_cut(
+    config: BankBuildConfig, recipient: TextTokenizer, donor: HuggingFaceDonor, tmp_path: Path
+) -> None:
+    first = keep_plan(make_plan(config, tokenizer=recipient, encoder=donor), config.work)
+    other = dataclasses.replace(config, memory_gb=1.5, encode_tasks=7, workers=2, count_slices=3)
+    second = keep_plan(make_plan(other, tokenizer=recipient, encoder=donor), config.work)
+    assert second.counts.memory_bytes == (3 << 29) // 2 and second.config.workers == 2
+    assert (second.encode_tasks, second.counts.slices) == (first.encode_tasks, first.counts.slices)
+    config.work.rename(tmp_path / "moved")
+    assert read_plan(tmp_path / "moved").config.work == tmp_path / "moved"
+    elsewhere = dataclasses.replace(config, output=tmp_path / "elsewhere", work_dir=tmp_path / "moved")
+    with pytest.raises(BankError, match="other settings .got output .*bank; expected output .*elsewhere"):
+        build_bank(elsewhere, tokenizer=recipient, encoder=donor)
+
+
+def test_one_row_cannot_be_centred(config: BankBuildConfig, recipient: TextTokenizer, donor: HuggingFaceDonor) -> None:
+    one = dataclasses.replace(config, num_rows=1)
+    with pytest.raises(ConfigError, match="--num-rows: leaves one row"):
+        build_bank(one, tokenizer=recipient, encoder=donor)
+    raw = dataclasses.replace(one, raw=True, output=config.output.with_name("raw"))
+    assert build_bank(raw, tokenizer=recipient, encoder=donor).identity.num_rows == 1
+
+
+def test_more_tasks_than_files_may_be_open_are_no_hindrance(
+    config: BankBuildConfig, recipient: TextTokenizer, donor: HuggingFaceDonor
+) -> None:
+    many = dataclasses.replace(config, encode_tasks=90, count_slices=90, count_partitions=90)
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) + 40, hard))
+    try:
+        digest = build_bank(many, tokenizer=recipient, encoder=donor).digest
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    again = dataclasses.replace(config, output=config.output.with_name("few"))
+    assert digest == build_bank(again, tokenizer=recipient, encoder=donor).digest
 
 
 def test_a_bank_whose_task_was_killed_after_it_was_written_is_taken_as_it_is(
@@ -223,8 +304,9 @@ def test_the_manifest_keeps_the_statistics_and_nothing_of_when_and_where(
 @pytest.mark.parametrize(
     ("change", "error"),
     [({"orders": (2, 9)}, ConfigError), ({"min_count": 0}, ConfigError), ({"num_rows": 0}, ConfigError),
-     ({"row_dtype": "float32"}, ConfigError), ({"encode_tasks": 0}, ConfigError), ({"workers": 0}, ConfigError),
-     ({"memory_gb": 0.001}, ConfigError), ({"rows_by_order": ((7, 3),)}, ConfigError),
+     ({"row_dtype": "float32"}, ConfigError), ({"encode_tasks": 0}, ConfigError), ({"workers": -1}, ConfigError),
+     ({"memory_gb": 0.001}, ConfigError), ({"memory_gb": float("nan")}, ConfigError),
+     ({"rows_by_order": ((7, 3),)}, ConfigError),
      ({"donor_layers": (3,)}, DonorError), ({"min_count": 10**6}, BankError)],
 )  # fmt: skip
 def test_an_unusable_configuration_is_refused_before_the_donor_runs(

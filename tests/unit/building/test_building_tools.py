@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import argparse
 import json
 from pathlib import Path
 
@@ -8,16 +9,18 @@ import pytest
 from megatron_graft.bank.reader import open_bank
 from megatron_graft.data.sidecar import write_sidecar
 from megatron_graft.data.tokenizer import TextTokenizer, load_tokenizer
+from megatron_graft.errors import ConfigError
+from megatron_graft.jobs.build_flags import add_build_flags, blend, parse_build_flags
 from tests.helpers.building import write_data_set
 from tests.helpers.tokenizers import small_sentencepiece
-from tools import build_bank, fetch_donor
+from tools import build_bank, build_stage, fetch_donor
 
 
 @pytest.fixture
 def arguments(data_prefix: str, recipient: TextTokenizer, donor_directory: Path, tmp_path: Path) -> list[str]:
     return [
         "--data-prefix", data_prefix, "--tokenizer-model", str(recipient.path), "--donor", str(donor_directory),
-        "--donor-layers", "1", "--num-rows", "50", "--output", str(tmp_path / "bank"),
+        "--donor-layers", "1", "--num-rows", "50", "--output", str(tmp_path / "bank"), "--workers", "0",
     ]  # fmt: skip
 
 
@@ -85,3 +88,85 @@ def test_a_flag_that_is_missing_is_named(tmp_path: Path, capsys: pytest.CaptureF
 def test_fetching_an_unknown_donor_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert fetch_donor.main(["llama-9000", str(tmp_path / "donor")]) == 2
     assert "error: donor name: " in capsys.readouterr().err
+
+
+def parsed(*words: str) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(exit_on_error=False)
+    add_build_flags(parser)
+    return parse_build_flags(parser, words)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("rows: 3", "names unknown flags .got rows"),
+        ("num-rows: many", "gives num_rows a value it cannot have"),
+        ("orders: 3", "gives orders the wrong kind of value .got 3; expected a list"),
+        ("donor: [a, b]", "gives donor the wrong kind of value"),
+        ("raw: perhaps", "gives raw no truth value"),
+        ("row-dtype: float64", "gives row_dtype a value it cannot have .got float64"),
+        ("- 3", "is no mapping"),
+        ("a: [", "is not YAML"),
+    ],
+)
+def test_what_a_file_of_flags_cannot_say_is_refused(text: str, message: str, tmp_path: Path) -> None:
+    (tmp_path / "build.yaml").write_text(text)
+    with pytest.raises(ConfigError, match=f"--config .*build.yaml: {message}"):
+        parsed("--config", str(tmp_path / "build.yaml"))
+
+
+def test_a_file_of_flags_is_read_as_the_command_line_is(tmp_path: Path) -> None:
+    (tmp_path / "build.yaml").write_text(
+        "orders: [2, 3]\nraw: true\nnum-rows: all\nrows-by-order: {2: 10, 3: 20}\nsplit: 969,30,1\n"
+        "memory-gb: 1.5\nthreads: null\nexecutor: datatrove-slurm\nslurm-time: 12:00:00\n"
+    )
+    flags = parsed("--config", str(tmp_path / "build.yaml"), "--orders", "4")
+    assert (flags.orders, flags.raw, flags.num_rows, flags.split) == ([4], True, None, "969,30,1")
+    assert (flags.rows_by_order, flags.memory_gb, flags.threads) == (["2=10", "3=20"], 1.5, None)
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [(["a", "b"], (("a", "b"), None)), (["0.3", "a", "7", "./0.5"], (("a", "./0.5"), (0.3, 7.0)))],
+)
+def test_data_sets_may_be_a_blend(values: list[str], expected: object) -> None:
+    assert blend(values) == expected
+
+
+@pytest.mark.parametrize("values", [["0.3", "a", "b"], ["a", "0.3"], ["0.3", "0.4"], ["0", "a"], ["nan", "a"]])
+def test_what_is_no_blend_is_refused(values: list[str]) -> None:
+    with pytest.raises(ConfigError, match="--data-prefix: is no blend"):
+        blend(values)
+
+
+@pytest.mark.parametrize(
+    ("environment", "expected"),
+    [
+        ({}, (0, 1)),
+        ({"RANK": "1", "WORLD_SIZE": "4", "SLURM_PROCID": "7", "SLURM_NTASKS": "8"}, (1, 4)),
+        ({"SLURM_ARRAY_TASK_ID": "5", "SLURM_ARRAY_TASK_COUNT": "4", "SLURM_ARRAY_TASK_MIN": "3"}, (2, 4)),
+        ({"SLURM_PROCID": "7", "SLURM_NTASKS": "8"}, (7, 8)),
+    ],
+)
+def test_a_worker_knows_its_number(environment: dict[str, str], expected: tuple[int, int]) -> None:
+    assert build_stage.worker(None, None, environment) == expected
+    assert build_stage.worker(2, 3, environment) == (2, 3)
+    with pytest.raises(ConfigError, match="--rank: goes with --world-size"):
+        build_stage.worker(2, None, environment)
+
+
+def test_a_bank_that_is_there_is_not_planned_again(
+    arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert build_bank.main(arguments) == 0
+    assert build_stage.main(["plan", *arguments]) == 0
+    assert not (tmp_path / "bank.build").exists()
+    assert build_stage.main(["list", "--work-dir", str(tmp_path / "bank.build")]) == 2
+    assert "plan.json: does not exist. Plan the build first" in capsys.readouterr().err
+
+
+def test_an_estimate_writes_nothing(arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert build_bank.main([*arguments, "--estimate"]) == 0
+    printed = capsys.readouterr().out
+    assert "hit on fresh text" in printed and "bank: total" in printed
+    assert not list(tmp_path.glob("bank*"))

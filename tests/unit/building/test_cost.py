@@ -256,8 +256,8 @@ def test_flags_set_what_counting_meets(capsys: pytest.CaptureFixture[str]) -> No
         (["--candidates", "two=1"], "error: --candidates: is malformed (got two=1; expected ORDER=SHARE"),
         (["--distinct", "2=3"], "error: --distinct: is malformed"),
         (["--orders", "2", "4"], "error: --orders: "),
-        (["--tokens", "0"], "error: --tokens: is too small"),
-        (["--mfu", "0"], "error: --mfu: is not above 0"),
+        (["--tokens", "0"], "error: --tokens: is out of range"),
+        (["--mfu", "0"], "error: --mfu: is out of range"),
         (["--check", "nowhere.jsonl"], "error: nowhere.jsonl: is no log of a build"),
     ],
 )

@@ -11,7 +11,6 @@ from megatron_graft.bank.reader import open_bank
 from megatron_graft.building import coverage
 from megatron_graft.building.coverage import (
     Coverage,
-    coverage_table,
     measure_coverage,
     sample_documents,
     write_coverage,
@@ -55,15 +54,6 @@ def test_coverage_equals_the_oracle_document_by_document(
     assert found.positions == 151
     assert found.hits_by_order == {order: int(expected[order]) for order in (2, 3, 4)}
     assert all(found.hits_by_order.values())
-
-
-def test_the_table_names_every_data_set_and_its_shares() -> None:
-    train = Coverage(positions=200, hits_by_order={2: 50, 3: 20, 4: 10})
-    table = coverage_table({"train": train, "foreign": Coverage(positions=0, hits_by_order={2: 0, 3: 0, 4: 0})})
-    heads, first, second = table.splitlines()
-    assert heads.split() == ["data", "set", "positions", "hit", "order", "2", "order", "3", "order", "4", "miss"]
-    assert first.split() == ["train", "200", "40.0%", "25.0%", "10.0%", "5.0%", "60.0%"]
-    assert second.split() == ["foreign", "0", "0.0%", "0.0%", "0.0%", "0.0%", "100.0%"]
 
 
 def test_coverage_lies_beside_the_bank_and_leaves_it_as_it_was(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -106,10 +107,15 @@ def test_an_estimate_of_everything_is_what_the_build_finds(
 
 
 def test_an_estimate_that_does_not_fit_is_shown_and_refused(
-    flags: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    flags: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     planned = ["--output", str(tmp_path / "planned"), "--num-rows", str(10**13)]
-    assert build_bank.main([*flags, *planned, "--estimate"]) == 2
-    printed = capsys.readouterr()
-    assert "n-grams qualify for the 1e+13 rows asked for" in printed.out
-    assert "has no room for this build" in printed.err
+    assert build_bank.main([*flags, *planned, "--estimate"]) == 0  # there are far fewer n-grams, and room for those
+    assert "n-grams qualify for the 1e+13 rows asked for" in capsys.readouterr().out
+    full = shutil.disk_usage(tmp_path)._replace(free=5000)
+    for more in (["--estimate"], []):
+        with monkeypatch.context() as patched:
+            patched.setattr("megatron_graft.building.room.shutil.disk_usage", lambda _path: full)
+            assert build_bank.main([*flags, *planned, *more]) == 2
+        assert "has no room for this build (got 5,000 bytes free; expected about" in capsys.readouterr().err
+    assert not list(tmp_path.glob("planned*"))

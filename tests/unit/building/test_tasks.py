@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import shutil
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -9,16 +11,19 @@ from typing import Any
 import pytest
 
 from megatron_graft.building.tasks import (
+    PLANNED,
     BuildLog,
     Stage,
     is_complete,
     remaining_stages,
+    remove_obsolete,
     run_stage,
+    run_task,
     task_directory,
     tasks_of_rank,
     work_lock,
 )
-from megatron_graft.errors import BankError, ConfigError, GraftError
+from megatron_graft.errors import BankError, ConfigError, GraftError, StorageError
 
 
 class Recorder:
@@ -61,7 +66,7 @@ def test_a_failed_task_leaves_nothing_and_those_before_it_are_kept(tmp_path: Pat
     log = BuildLog(tmp_path / "log")
     with pytest.raises(GraftError, match="failed"):
         run_stage(stage(run=Recorder(fail_at=2)), tmp_path, log)
-    assert sorted(path.name for path in (tmp_path / "count").iterdir()) == ["00000", "00001"]
+    assert sorted(path.name for path in (tmp_path / "count").iterdir()) == [".00002.lock", "00000", "00001"]
     again = Recorder()
     run_stage(stage(run=again), tmp_path, log)
     assert again.calls == [2, 3, 4]
@@ -96,6 +101,68 @@ def test_obsolete_outputs_go_and_their_stages_are_not_run_again(tmp_path: Path) 
     run_stage(stages[2], tmp_path, log)
     assert not (tmp_path / "a").exists() and not (tmp_path / "b").exists()
     assert remaining_stages(stages, tmp_path) == stages[3:]
+
+
+def test_an_output_that_was_removed_is_made_again_unless_it_is_obsolete(tmp_path: Path) -> None:
+    log = BuildLog(tmp_path / "log")
+    stages = [stage("a", 1), stage("b", 1), stage("c", 1, obsolete=("a",))]
+    for each in stages:
+        run_stage(each, tmp_path, log)
+    assert remaining_stages(stages, tmp_path) == []
+    shutil.rmtree(tmp_path / "b")
+    assert remaining_stages(stages, tmp_path) == [stages[1]]
+
+
+def test_what_a_kill_kept_from_being_removed_is_removed_later(tmp_path: Path) -> None:
+    stages = [stage("a", 2), stage("b", 1, obsolete=("a",))]
+    for task in range(2):
+        task_directory(tmp_path, "a", task).mkdir(parents=True)
+    remove_obsolete(stages, tmp_path)
+    assert is_complete(stages[0], tmp_path)
+    task_directory(tmp_path, "b", 0).mkdir(parents=True)
+    remove_obsolete(stages, tmp_path)
+    assert not (tmp_path / "a").exists()
+
+
+def slow(task: int, scratch: Path) -> Mapping[str, Any]:
+    time.sleep(0.5)
+    (scratch / "whole").write_text(str(task))
+    return {}
+
+
+def run_slowly(work: Path, start: Any) -> None:
+    start.wait(30)
+    run_task(Stage(name="slow", num_tasks=1, run=slow), work, 0, BuildLog(work / "log"))
+
+
+def test_two_processes_on_one_task_take_turns(tmp_path: Path) -> None:
+    context = multiprocessing.get_context("spawn")
+    start = context.Event()
+    both = [context.Process(target=run_slowly, args=(tmp_path, start)) for _ in range(2)]
+    for process in both:
+        process.start()
+    start.set()
+    for process in both:
+        process.join()
+        assert process.exitcode == 0
+    assert len(BuildLog(tmp_path / "log").records()) == 1
+
+
+def test_the_log_forgets_what_stood_before_a_new_plan(tmp_path: Path) -> None:
+    log = BuildLog(tmp_path / "log")
+    run_stage(stage(tasks=2), tmp_path / "one", log)
+    log.write(event=PLANNED)
+    run_stage(stage(tasks=1), tmp_path / "two", log)
+    with log.path.open("ab") as stream:
+        stream.write(b'\xff\xfe broken\n"a text"\n')
+    assert [record["event"] for record in log.records()] == [PLANNED, "task"]
+
+
+def test_a_work_directory_that_cannot_be_one_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    for work in (tmp_path / "file", tmp_path / "file" / "below"):
+        with pytest.raises(StorageError, match="file.*: .*[Nn]ot a directory"), work_lock(work, alone=True):
+            pass
 
 
 def hold(work: Path, alone: bool, ready: Any, done: Any) -> None:
