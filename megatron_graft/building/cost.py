@@ -126,10 +126,10 @@ class Rates:
 
     count_tokens: float = 3.6e6
     reduce_share: float = 0.2
-    select_rows: float = 100e3
-    pack_rows: float = 500e3
-    assemble_bytes: float = 500e6
-    report_rows: float = 2e6
+    select_rows: float = 250e3
+    pack_rows: float = 43e3
+    assemble_bytes: float = 150e6
+    report_rows: float = 250e3
     spill_bytes: float = 1e9
     donor_tokens: float | None = None
     donor_flops: float = 400e12

@@ -215,7 +215,7 @@ def _reporter(plan: BuildPlan) -> ReportOn:
         write_coverage(open_bank(config.output), coverages_of(report))
         page = _page(config)
         write_bank_page(page, report)
-        return {"page": str(page)}
+        return {"page": page.name}
 
     return report_on
 
