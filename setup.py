@@ -7,7 +7,7 @@ from glob import glob
 from pathlib import Path
 
 import pybind11
-from pybind11.setup_helpers import Pybind11Extension
+from pybind11.setup_helpers import ParallelCompile, Pybind11Extension
 from setuptools import find_packages, setup
 
 ROOT = Path(__file__).resolve().parent
@@ -54,6 +54,9 @@ native = Pybind11Extension(
     # anywhere.
     extra_compile_args=["-O3", "-Wall", "-Wextra", "-Wconversion", "-isystem", pybind11.get_include()],
 )
+
+# As many compilers at a time as there are processors, or as this variable says.
+ParallelCompile("GRAFT_BUILD_JOBS").install()
 
 setup(
     name="megatron-graft",
