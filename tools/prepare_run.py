@@ -115,7 +115,7 @@ class Preparation:
         prefixes = self.arguments.data_path or [self.work / "data" / "train_text_document"]
         coverage = [
             f"{split}={self.work / 'data' / split}_text_document"
-            for split in SPLITS
+            for split in SPLITS[1:]  # what is counted is reported on in any case
             if not self.arguments.data_path and (self.work / "data" / f"{split}_text_document.idx").is_file()
         ]
         options = ["--data-prefix", *prefixes, "--tokenizer-model", self.tokenizer, "--donor", donor]
