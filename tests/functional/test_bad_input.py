@@ -169,10 +169,19 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", str(disk)], check=True)
 
 
-def test_a_disk_that_is_full_while_the_bank_is_written_leaves_nothing(
+def test_a_build_that_does_not_fit_the_disk_is_refused_before_it_starts(
     world: World, donor: Path, small_disk: Path
 ) -> None:
     refused = build_bank(world, donor, small_disk / "bank", "--num-rows", 1000, "--donor-layers", 1)
+    refused.require(rf"--output {small_disk}/bank: has no room for this build \(got [\d,]+ bytes free; expected about")
+    assert os.listdir(small_disk) == []
+
+
+def test_a_disk_that_is_full_while_a_bank_is_written_leaves_nothing(
+    world: World, donor: Path, small_disk: Path
+) -> None:
+    flags = ("--from-bank", world.bank, "--control", "shuffled")
+    refused = build_bank(world, donor, small_disk / "bank", *flags)
     refused.require(
         rf"{small_disk}/bank: could not be written: No space left on device \(got [\d,]+ bytes free\)\. Free space or"
     )
