@@ -63,6 +63,21 @@ def _existing_parent(path: Path) -> Path:
     return path
 
 
+def make_directory(path: Path) -> None:
+    """Make a directory and those above it, unless it is there.
+
+    Raises:
+        StorageError: something else is in its place, or the file system refused.
+    """
+    with storage_errors(path):
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+        except (FileExistsError, NotADirectoryError) as error:
+            raise StorageError(
+                path, "is not a directory", expected="a directory, or a path where one can be made"
+            ) from error
+
+
 def sync_directory(path: Path) -> None:
     """Flush a directory's entries, so that a rename inside it survives a power cut."""
     descriptor = os.open(path, os.O_RDONLY)

@@ -20,7 +20,7 @@ from megatron_graft.bank.manifest import MANIFEST_NAME, Manifest, read_manifest
 from megatron_graft.bank.reader import open_bank
 from megatron_graft.bank.verify import Depth
 from megatron_graft.errors import BankError, BankFormatError, IdentityError, StorageError
-from megatron_graft.files import directory_in_one_step, storage_errors
+from megatron_graft.files import directory_in_one_step, make_directory, storage_errors
 from megatron_graft.log import Progress, get_logger
 
 _COPY_BYTES = 1 << 23
@@ -53,22 +53,12 @@ def node_copy(bank: Path, directory: Path, *, verify: Depth = "header") -> Path:
     bank, directory = Path(bank), Path(directory)
     manifest = open_bank(bank).manifest
     copy = directory / manifest.digest
-    _make_directory(directory)
+    make_directory(directory)
     with _exclusive(copy.with_suffix(".lock"), copy, _num_bytes(bank, manifest)):
         _remove_scratch(copy)
         if not _is_sound(copy, manifest, verify):
             _copy(bank, copy, manifest, verify)
     return copy
-
-
-def _make_directory(directory: Path) -> None:
-    try:
-        with storage_errors(directory):
-            directory.mkdir(parents=True, exist_ok=True)
-    except (FileExistsError, NotADirectoryError) as error:
-        raise StorageError(
-            directory, "is not a directory", expected="a directory, or a path where one can be made"
-        ) from error
 
 
 def _files(bank: Path, manifest: Manifest) -> dict[str, int]:

@@ -21,8 +21,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_graft.errors import BankError, ConfigError, StorageError
-from megatron_graft.files import directory_in_one_step, storage_errors
+from megatron_graft.errors import BankError, ConfigError
+from megatron_graft.files import directory_in_one_step, make_directory, storage_errors
 from megatron_graft.log import format_seconds, get_logger
 
 LOCK_NAME = ".lock"
@@ -92,8 +92,7 @@ def run_task(stage: Stage, work: Path, task: int, log: BuildLog) -> None:
         GraftError: whatever the stage finds wrong.
     """
     target = task_directory(work, stage.name, task)
-    with storage_errors(target):
-        target.parent.mkdir(parents=True, exist_ok=True)
+    make_directory(target.parent)
     lock = target.with_name(f".{target.name}.lock")
     with _locked(lock, wait=True):
         if target.is_dir():
@@ -197,13 +196,7 @@ def work_lock(work: Path, *, alone: bool) -> Iterator[None]:
         BankError: another process builds there.
         StorageError: the directory cannot be made or written.
     """
-    try:
-        with storage_errors(work):
-            work.mkdir(parents=True, exist_ok=True)
-    except (FileExistsError, NotADirectoryError) as error:
-        raise StorageError(
-            work, "is not a directory", expected="a directory, or a path where one can be made"
-        ) from error
+    make_directory(work)
     with _locked(work / LOCK_NAME, alone=alone) as held:
         if not held:
             raise BankError(
