@@ -151,7 +151,7 @@ def test_the_printed_coverage_is_the_oracles(prepared: Job, first: Ended) -> Non
         orders = orders_by_oracle(prepared.work / "bank", documents_of(prepared, split))
         assert measured[split]["positions"] == orders.total()
         assert measured[split]["hit_rate"] == pytest.approx(1 - orders[0] / orders.total())
-        assert re.search(rf"^{split} .*{1 - orders[0] / orders.total():.1%}", first.output, re.MULTILINE)
+        assert re.search(rf"^\| {split} .*{1 - orders[0] / orders.total():.1%}", first.output, re.MULTILINE)
 
 
 def test_every_step_is_recorded_and_the_log_line_tells_rates_and_memory(prepared: Job, first: Ended) -> None:
