@@ -262,9 +262,9 @@ def test_one_row_cannot_be_centred(config: BankBuildConfig, recipient: TextToken
 def test_more_tasks_than_files_may_be_open_are_no_hindrance(
     config: BankBuildConfig, recipient: TextTokenizer, donor: HuggingFaceDonor
 ) -> None:
-    many = dataclasses.replace(config, encode_tasks=90, count_slices=90, count_partitions=90)
+    many = dataclasses.replace(config, encode_tasks=40, count_slices=40, count_partitions=40)
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) + 40, hard))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) + 30, hard))
     try:
         digest = build_bank(many, tokenizer=recipient, encoder=donor).digest
     finally:
