@@ -22,10 +22,6 @@ DocumentKeys::DocumentKeys(std::uint64_t longest_document)
       keys_(slots_for(longest_document)),
       documents_(slots_for(longest_document), 0) {}
 
-std::uint64_t DocumentKeys::bytes_for(std::uint64_t longest_document) {
-    return slots_for(longest_document) * (sizeof(std::uint64_t) + sizeof(std::uint32_t));
-}
-
 void DocumentKeys::start_document() {
     used_ = 0;
     if (++document_ == 0) {  // after 2^32 documents numbers repeat

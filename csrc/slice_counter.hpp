@@ -15,7 +15,6 @@ namespace megatron_graft {
 class DocumentKeys {
   public:
     explicit DocumentKeys(std::uint64_t longest_document);
-    static std::uint64_t bytes_for(std::uint64_t longest_document);
 
     // Forgets all keys.
     void start_document();

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from megatron_graft.bank.quantise import BUILD_DTYPES
 from megatron_graft.building.count_plan import CountPlan, plan_counts
 from megatron_graft.building.documents import MegatronDocuments
 from megatron_graft.building.encode import Encoder
+from megatron_graft.building.existing import refuse_other_settings
 from megatron_graft.building.select import NgramTokenizer, Quota
 from megatron_graft.building.tasks import LOCK_NAME, PLANNED, BuildLog
 from megatron_graft.errors import BankError, BankIncompleteError, ConfigError, DataError
@@ -312,16 +313,10 @@ def keep_plan(plan: BuildPlan, work: Path) -> BuildPlan:
         write_json_atomically(path, plan.to_json())
         return read_plan(work)
     kept = read_plan(work)
-    wanted = json.loads(json.dumps({**plan.settings, "output": str(plan.config.output)}))
     found = {**kept.settings, "output": str(kept.config.output)}
-    if different := differing(found, wanted):
-        raise BankError(
-            work,
-            "is the work directory of a build with other settings",
-            got=_listed(found, different),
-            expected=_listed(wanted, different),
-            remedy="Remove it or give another --work-dir.",
-        )
+    wanted = {**plan.settings, "output": str(plan.config.output)}
+    remedy = "Remove it or give another --work-dir."
+    refuse_other_settings(work, "is the work directory of a build with other settings", found, wanted, remedy)
     _check_inputs(kept, plan.inputs, work)
     counts = replace(kept.counts, memory_bytes=plan.counts.memory_bytes)
     plan = replace(plan, counts=counts, encode_tasks=kept.encode_tasks)
@@ -380,21 +375,12 @@ def check_inputs_unchanged(plan: BuildPlan) -> None:
 
 
 def _check_inputs(plan: BuildPlan, found: Mapping[str, Any], work: Path) -> None:
-    kept, now = plan.inputs, json.loads(json.dumps(found))
-    for name in differing(kept, now):
-        raise DataError(
-            name,
-            "changed since the build began",
-            got=now.get(name),
-            expected=kept.get(name),
-            remedy=f"Put the old file back, or remove {work} and build again.",
-        )
-
-
-def differing(left: Mapping[str, Any], right: Mapping[str, Any]) -> list[str]:
-    """Names whose values differ or that one side lacks."""
-    return [name for name in sorted({*left, *right}) if left.get(name) != right.get(name)]
-
-
-def _listed(values: Mapping[str, Any], names: Sequence[str]) -> str:
-    return ", ".join(f"{name} {values.get(name)}" for name in names)
+    for name in sorted({*plan.inputs, *found}):
+        if plan.inputs.get(name) != found.get(name):
+            raise DataError(
+                name,
+                "changed since the build began",
+                got=found.get(name),
+                expected=plan.inputs.get(name),
+                remedy=f"Put the old file back, or remove {work} and build again.",
+            )

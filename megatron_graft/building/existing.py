@@ -23,15 +23,27 @@ def existing_bank(output: Path, settings: Mapping[str, Any]) -> Bank:
         bank = open_bank(output)
     except BankVersionError as error:
         raise BankError(output, "holds a bank of another format version", remedy=_MAKE_ROOM) from error
-    found = bank.manifest.provenance.get("settings", {})
-    wanted = json.loads(json.dumps(settings))
+    refuse_other_settings(
+        output, "is a bank with other settings", bank.manifest.provenance.get("settings", {}), settings, _MAKE_ROOM
+    )
+    return bank
+
+
+def refuse_other_settings(
+    subject: Path, problem: str, found: Mapping[str, Any], wanted: Mapping[str, Any], remedy: str
+) -> None:
+    """Compare settings that were read from JSON with those asked for.
+
+    Raises:
+        BankError: naming those that differ, with both values.
+    """
+    wanted = json.loads(json.dumps(wanted))  # tuples as lists, as in what was read
     different = [name for name in sorted({*wanted, *found}) if wanted.get(name) != found.get(name)]
     if different:
         raise BankError(
-            output,
-            "is a bank with other settings",
+            subject,
+            problem,
             got=", ".join(f"{name} {found.get(name)}" for name in different),
             expected=", ".join(f"{name} {wanted.get(name)}" for name in different),
-            remedy=_MAKE_ROOM,
+            remedy=remedy,
         )
-    return bank

@@ -10,7 +10,7 @@ axes. Text repeats itself more inside a document than Poisson's law allows; only
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -123,11 +123,6 @@ def growth_error(growth: Growth, count: int) -> float | None:
         return None
     curve = np.log(np.maximum(growth.numbers[:-1, column : column + 1], _TINY))
     return float(np.exp(_carried(curve, 1.0)[0]) / counted)
-
-
-def total_numbers(forecasts: Sequence[OrderForecast], min_count: float) -> Mapping[int, float]:
-    """Order -> n-grams with at least ``min_count``."""
-    return {one.order: float(one.number(min_count)) for one in forecasts}
 
 
 def _resolved(growth: Growth) -> int:

@@ -33,18 +33,6 @@ class DonorStates(Protocol):
         """float32 ``[stop - start, D]``, the caller's own."""
 
 
-class StatesInMemory:
-    """States that are there already: layer -> float32 ``[N, D]``."""
-
-    def __init__(self, layers: dict[int, np.ndarray]) -> None:
-        self._layers = layers
-        self.num_rows = len(next(iter(layers.values())))
-
-    def rows(self, layer: int, start: int, stop: int) -> np.ndarray:
-        """float32 ``[stop - start, D]``."""
-        return np.array(self._layers[layer][start:stop], dtype=np.float32)
-
-
 @dataclass(frozen=True, kw_only=True)
 class ProcessedLayer:
     """Rows of one donor layer, and what was found on the way.
@@ -120,11 +108,6 @@ def process_layer(
         progress.advance(stop - start)
     assert rows is not None, "a bank has at least one row"
     return ProcessedLayer(rows=rows, raw_norms=raw_norms, mean=mean)
-
-
-def rows_from_states(states_ND: np.ndarray, processing: Processing) -> np.ndarray:
-    """:func:`process_layer` of states in memory: float32 ``[N, D]`` -> uint16 ``[N, D]``, bfloat16 bits."""
-    return process_layer(StatesInMemory({0: states_ND}), 0, processing).rows
 
 
 def _blocks(num_rows: int) -> Iterator[tuple[int, int]]:

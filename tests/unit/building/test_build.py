@@ -18,13 +18,13 @@ from megatron_graft.building.build import build_bank, build_control
 from megatron_graft.building.build_plan import BankBuildConfig, BuildPlan, keep_plan, make_plan, read_plan
 from megatron_graft.building.donor import HuggingFaceDonor
 from megatron_graft.building.packs import Packs
-from megatron_graft.building.rows import rows_from_states
 from megatron_graft.building.stages import BuildStages, ReportOn
 from megatron_graft.building.tasks import BuildLog, run_stage, task_directory
 from megatron_graft.data.tokenizer import TextTokenizer
 from megatron_graft.errors import BankError, ConfigError, DonorError, StorageError
 from tests.helpers.banks import make_bank, random_counts
 from tests.helpers.building import save_llama, write_data_set
+from tests.helpers.states import rows_from_states
 
 SHUFFLED, RANDOM = Control(kind="shuffled", seed=3), Control(kind="random", seed=3)
 

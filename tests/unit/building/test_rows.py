@@ -7,8 +7,9 @@ import pytest
 
 from megatron_graft.bank.bf16 import bf16_from_float32, float32_from_bf16
 from megatron_graft.bank.manifest import Processing
-from megatron_graft.building.rows import StatesInMemory, process_layer, rows_from_states
+from megatron_graft.building.rows import process_layer
 from megatron_graft.errors import ConfigError, DonorError
+from tests.helpers.states import StatesInMemory, rows_from_states
 
 PROCESSED = Processing(centred=True, normalised=True)
 
