@@ -22,6 +22,8 @@
 #   NUM_EXPERTS       experts per layer (default 4); 0 trains the dense model
 #   DONOR             packaged donor's name or a local causal-LM directory, for building the bank
 #   BANK_ARGUMENTS    further flags for tools/build_bank.py
+#   EVALUATION        what the finished run is evaluated on, NAME=PREFIX ... (default: the held-out text, and the foreign
+#                     one where it was made); "none": neither evaluated nor reported
 #   RUN_NAME, RUNS_DIR, WORK_DIR, DEVICE (cpu or cuda)
 #   GPUS_PER_NODE, NUM_NODES, NODE_RANK, MASTER_ADDR, MASTER_PORT   as in Megatron's own examples
 set -euo pipefail
@@ -180,6 +182,8 @@ else
     WORKERS="${LOCAL_WORLD_SIZE:-${PROCESSES}}"
     THREADS=$(($(nproc) / WORKERS))
     export OMP_NUM_THREADS="${GRAFT_THREADS:-$((THREADS > 0 ? THREADS : 1))}"
+    # Keep freed memory: every step allocates the same large tensors, and fresh pages take time.
+    export MALLOC_MMAP_MAX_="${MALLOC_MMAP_MAX_:-0}" MALLOC_TRIM_THRESHOLD_="${MALLOC_TRIM_THRESHOLD_:-8589934592}"
 fi
 export CUDA_DEVICE_MAX_CONNECTIONS="${CUDA_DEVICE_MAX_CONNECTIONS:-1}"
 
@@ -210,6 +214,7 @@ evaluate_and_report() { # in one process, whatever layout was trained
     unset RANK LOCAL_RANK WORLD_SIZE LOCAL_WORLD_SIZE GROUP_RANK ROLE_RANK MASTER_ADDR MASTER_PORT
     FOREIGN_DATA="${WORK_DIR}/data/foreign_text_document" # one's own text may come without it
     [ -n "${DATA_PATH:-}" ] || [ ! -f "${FOREIGN_DATA}.idx" ] || EVALUATION_DATA+=("foreign=${FOREIGN_DATA}")
+    [ -z "${EVALUATION:-}" ] || read -ra EVALUATION_DATA <<< "${EVALUATION}"
     local options=(--if-finished --data "${EVALUATION_DATA[@]}")
     if [ "${GRAFT_BANK}" = none ] && [ -f "${WORK_DIR}/bank/bank.json" ]; then # comparable with the run that has it
         options+=(--classify-by "${WORK_DIR}/bank")
@@ -231,7 +236,7 @@ main() {
             --master-port "${MASTER_PORT:-6000}" \
             -m megatron_graft.training.pretrain "${ARGS[@]}"
     fi
-    if [ "${RANK:-${NODE_RANK:-0}}" = 0 ]; then
+    if [ "${RANK:-${NODE_RANK:-0}}" = 0 ] && [ "${EVALUATION:-}" != none ]; then
         evaluate_and_report
     fi
 }
