@@ -1,6 +1,7 @@
-"""Evaluate a run's newest checkpoint on whole data sets: loss, bits per byte, by length of match, memory on and off.
+"""Evaluate a run's newest checkpoint on whole data sets: loss and bits per byte, with the memory and with it off.
 
-Writes <run>/evaluation.json. Any Megatron flag given after the options is appended to the run's own.
+Losses are told by document, by length of match, and by length of match and frequency of the matched key. Writes
+<run>/evaluation.json. Any Megatron flag given after the options is appended to the run's own.
 """
 
 from __future__ import annotations
@@ -31,16 +32,22 @@ def parse_arguments(argv: list[str] | None) -> tuple[argparse.Namespace, list[st
                         help="do nothing if the run is not at its last step, or is evaluated already")  # fmt: skip
     parser.add_argument("--classify-by", type=Path, metavar="BANK",
                         help="split the losses of a run without memory by this bank's matches")  # fmt: skip
+    parser.add_argument("--other-bank", nargs="+", default=[], metavar="NAME=DIR",
+                        help="measure also with these banks, each in place of the run's; the weights stay")  # fmt: skip
+    parser.add_argument("--memory-off", nargs="+", metavar="NAME",
+                        help="texts to measure also with memory off and with other banks (default: all)")  # fmt: skip
     return parser.parse_known_args(argv)
 
 
-def _named(items: list[str]) -> dict[str, str]:
-    named = {}
+def _named(flag: str, items: list[str], expected: str) -> dict[str, str]:
+    named: dict[str, str] = {}
     for item in items:
-        name, _, prefix = item.partition("=")
-        if not name or not prefix:
-            raise ConfigError("--data", "needs a name for each data set", got=item, expected="NAME=PREFIX")
-        named[name] = prefix
+        name, _, path = item.partition("=")
+        if not name or not path:
+            raise ConfigError(flag, "is malformed", got=item, expected=expected)
+        if name in named:
+            raise ConfigError(flag, "gives a name twice", got=item, expected="another name for each path")
+        named[name] = path
     return named
 
 
@@ -60,8 +67,11 @@ def _is_up_to_date(result_file: Path, asked: dict[str, Any]) -> bool:
 
 def _print(name: str, result: dict[str, Any]) -> None:
     line = f"{name}: loss {result['loss']:.4f}, {result['bits_per_byte']:.4f} bits per byte"
+    for bank, other in result.get("other_bank", {}).items():
+        line += f" (bank {bank}: {other['loss']:.4f})"
     if "memory_off" in result:
         line += f" (memory off: {result['memory_off']['loss']:.4f})"
+    if "by_order_and_count" in result:
         line += ", by match " + ", ".join(f"{order} {part['loss']:.4f}" for order, part in result["by_order"].items())
     print(line)
 
@@ -73,7 +83,12 @@ def main(argv: list[str] | None = None) -> int:
 
     def body() -> None:
         started = time.monotonic()
-        asked = {"data": data, "classify_by": str(arguments.classify_by), "flags": extra}
+        asked = {
+            "data": data, "classify_by": str(arguments.classify_by), "other_bank": arguments.other_bank,
+            "memory_off": arguments.memory_off, "flags": extra,
+        }  # fmt: skip
+        texts = _named("--data", data, "NAME=PREFIX")
+        banks = _named("--other-bank", arguments.other_bank, "NAME=DIR")
         if arguments.if_finished and _is_up_to_date(arguments.run_dir / "evaluation.json", asked):
             print(f"{arguments.run_dir}: evaluated already")
             return
@@ -83,8 +98,8 @@ def main(argv: list[str] | None = None) -> int:
         from megatron_graft.training.evaluate_run import RESULT_FILE, evaluate_run
 
         result = evaluate_run(
-            arguments.run_dir, _named(data), extra,
-            if_finished=arguments.if_finished, classify_by=arguments.classify_by,
+            arguments.run_dir, texts, extra, if_finished=arguments.if_finished, classify_by=arguments.classify_by,
+            other_banks={name: Path(path) for name, path in banks.items()}, memory_off=arguments.memory_off,
         )  # fmt: skip
         if result is None:
             print(f"{arguments.run_dir}: training is not finished; run it again to resume. Not evaluated.")

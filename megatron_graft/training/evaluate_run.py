@@ -16,15 +16,19 @@ from megatron.training.checkpointing import load_checkpoint
 from megatron.training.initialize import initialize_megatron
 
 from megatron_graft.bank.reader import open_bank
+from megatron_graft.compat.parameter_groups import TABLE_ATTRIBUTE
 from megatron_graft.data.tokenizer import TextTokenizer
 from megatron_graft.errors import ConfigError
-from megatron_graft.lookup.index import SuffixIndex, open_index
+from megatron_graft.lookup.index import open_index
 from megatron_graft.memory.site import MemorySite
 from megatron_graft.training.bank_setup import check_bank_tokenizer, run_tokenizer
 from megatron_graft.training.data_provider import build_datasets
-from megatron_graft.training.evaluation import EvaluationText, Evaluator, bigram_baseline
+from megatron_graft.training.evaluation import Evaluator, bigram_baseline
+from megatron_graft.training.evaluation_text import EvaluationText
 from megatron_graft.training.identity import checkpoint_to_load
+from megatron_graft.training.loss_summaries import Classifier
 from megatron_graft.training.memory_setup import RunMemory
+from megatron_graft.training.other_banks import other_memories
 from megatron_graft.training.run import RUN_FILE, model_config, parse_arguments, rank_layout
 
 RESULT_FILE = "evaluation.json"
@@ -37,7 +41,14 @@ _ONE_PROCESS = (
 
 
 def evaluate_run(
-    run_dir: Path, data: dict[str, str], extra: list[str], *, if_finished: bool = False, classify_by: Path | None = None
+    run_dir: Path,
+    data: dict[str, str],
+    extra: list[str],
+    *,
+    if_finished: bool = False,
+    classify_by: Path | None = None,
+    other_banks: dict[str, Path] | None = None,
+    memory_off: list[str] | None = None,
 ) -> dict[str, Any] | None:
     """Evaluate the newest checkpoint of a run.
 
@@ -49,34 +60,44 @@ def evaluate_run(
         if_finished: return None instead if the run has not reached its last step.
         classify_by: bank whose matches split the losses of a run without a bank of its own, for comparison. Those of
             a run with banks are split by its first.
+        other_banks: name -> banks to measure with in place of the run's, see :func:`other_memories`.
+        memory_off: names of the texts that are measured also with the memory off and with the other banks; None for
+            all.
 
     Returns:
         What ``evaluation.json`` holds.
 
     Raises:
-        ConfigError: the directory holds no run, or the run no checkpoint.
+        ConfigError: the directory holds no run, or the run no checkpoint; ``memory_off`` names no text; or another bank
+            cannot stand in the run's place, which may also be an ``IdentityError`` or a ``BankError``.
     """
+    _check_names(memory_off or [], data)
     recorded = _recorded_arguments(run_dir)
     trained = argparse.ArgumentParser(allow_abbrev=False)
     trained.add_argument("--global-batch-size", type=int)
     batch = trained.parse_known_args(recorded)[0].global_batch_size
     sys.argv = ["evaluate", *recorded, *_ONE_PROCESS, *extra]
     _single_process_environment()
-    args, _, memory = parse_arguments()
+    args, settings, memory = parse_arguments()
     checkpoint = checkpoint_to_load(args)
     if checkpoint is None:
         raise ConfigError(f"--load {args.load}", "holds no checkpoint", remedy="Train the run first.")
     iteration = int(checkpoint.name.removeprefix("iter_"))
     if if_finished and iteration < args.train_iters:
         return None
+    others = other_memories(other_banks or {}, memory, settings)
     initialize_megatron()
     config = model_config(args, memory)
     model = _loaded_model(config)
     tokenizer = run_tokenizer(args)
     texts = {name: EvaluationText.read(prefix, tokenizer, _split_of(prefix, args)) for name, prefix in data.items()}
     layout = rank_layout(memory, config.transformer)
-    fetcher = memory.fetcher(layout) if memory and layout else None
-    evaluator = Evaluator(model, args, tokenizer, fetcher, _classifier(memory, classify_by, tokenizer))
+    evaluator = Evaluator(
+        model, args, tokenizer,
+        fetcher=memory.fetcher(layout) if memory and layout else None,
+        others={name: other.fetcher(layout) for name, other in others.items()} if layout else {},
+        classifier=_classifier(memory, classify_by, tokenizer),
+    )  # fmt: skip
     seen = iteration * batch
     return {
         "iteration": iteration,
@@ -84,7 +105,10 @@ def evaluate_run(
         "checkpoint": str(checkpoint),
         "memory": getattr(args, "graft_identity", None),
         "parameters": _parameter_counts(model),
-        "data": {name: evaluator.evaluate(name, text) for name, text in texts.items()},
+        "data": {
+            name: evaluator.evaluate(name, text, memory_off=memory_off is None or name in memory_off)
+            for name, text in texts.items()
+        },
         **_training_text(args, tokenizer, texts, seen),
     }
 
@@ -100,14 +124,23 @@ def _recorded_arguments(run_dir: Path) -> list[str]:
     return [str(argument) for argument in arguments]
 
 
-def _classifier(memory: RunMemory | None, bank: Path | None, tokenizer: TextTokenizer) -> SuffixIndex | None:
-    if memory is not None and memory.indexes:
-        return memory.indexes[0]
+def _check_names(memory_off: list[str], data: dict[str, str]) -> None:
+    for name in memory_off:
+        if name not in data:
+            raise ConfigError(
+                "--memory-off", "names no text of --data", got=name, expected=" or ".join(data),
+                remedy="Leave it out to measure all texts with the memory off.",
+            )  # fmt: skip
+
+
+def _classifier(memory: RunMemory | None, bank: Path | None, tokenizer: TextTokenizer) -> Classifier | None:
+    if memory is not None and memory.banks:
+        return Classifier(index=memory.indexes[0], key_counts=memory.banks[0].key_counts)
     if bank is None:
         return None
     opened = open_bank(bank)
     check_bank_tokenizer(opened, tokenizer)
-    return open_index(opened)
+    return Classifier(index=open_index(opened), key_counts=opened.key_counts)
 
 
 def _split_of(prefix: str, args: argparse.Namespace) -> str | None:
@@ -136,9 +169,14 @@ def _loaded_model(config: Any) -> Any:
 
 
 def _parameter_counts(model: Any) -> dict[str, int]:
+    """Trained parameters: all, those of the memory sites, and those of them that are rows of tables."""
     sites = [module for module in model.modules() if isinstance(module, MemorySite)]
-    in_sites = sum(parameter.numel() for site in sites for parameter in site.parameters())
-    return {"total": sum(parameter.numel() for parameter in model.parameters()), "memory_sites": in_sites}
+    in_sites = [parameter for site in sites for parameter in site.parameters()]
+    return {
+        "total": sum(parameter.numel() for parameter in model.parameters()),
+        "memory_sites": sum(parameter.numel() for parameter in in_sites),
+        "tables": sum(parameter.numel() for parameter in in_sites if hasattr(parameter, TABLE_ATTRIBUTE)),
+    }
 
 
 def _training_text(

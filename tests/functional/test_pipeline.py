@@ -277,6 +277,7 @@ def test_without_a_bank_the_stock_model_is_trained_evaluated_and_reported(prepar
     for split, result in evaluation_of(prepared, "graft_moe")["data"].items():
         assert tokens_by_order(evaluation["data"][split]) == tokens_by_order(result)
         assert "memory_off" not in evaluation["data"][split]
+        assert set(evaluation["data"][split]["by_order_and_count"]) == set(tokens_by_order(result))
     report = report_of(prepared, "stock")
     assert report["arm"] == "no memory" and report["bank"] is None
     # A fresh memory site adds nothing, so the first step is the stock model's, bit for bit; the second is not.

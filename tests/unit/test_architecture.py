@@ -26,6 +26,7 @@ BELOW = {
     "memory": BASE | {"ngram", "bank", "lookup", "compat", "data"},
     "models": BASE | {"ngram", "bank", "lookup", "compat", "data", "memory"},
     "reporting": BASE | {"ngram", "bank"},
+    "experiments": BASE | {"ngram", "bank", "lookup", "building", "compat", "data", "reporting"},
     "jobs": BASE | {"ngram", "bank", "lookup", "building", "compat", "data", "reporting"},
     "training": BASE | {"ngram", "bank", "lookup", "compat", "data", "memory", "models"},
 }
@@ -36,6 +37,7 @@ LAZY_IN_BUILDING = {
     "donor": {"torch", "transformers"},
     "donor_model": {"torch", "transformers"},
     "gguf_donor": {"torch", "transformers", "gguf"},
+    "random_donor": {"torch", "transformers"},
 }
 MAX_FILE_LINES = 400
 MAX_FUNCTION_LINES = 60
@@ -103,7 +105,7 @@ def _top_level(tree: ast.Module) -> Iterator[ast.stmt]:
 
 
 def _heavy_faults(room: str, module: str, top: str, eager: bool) -> Iterator[str]:
-    if room in ("base", "ngram", "bank", "lookup", "reporting"):
+    if room in ("base", "ngram", "bank", "lookup", "reporting", "experiments"):
         yield f"{room} runs without {top}"
     if room == "building":
         if top not in LAZY_IN_BUILDING.get(module.split(".")[-1], ()):

@@ -1,0 +1,252 @@
+"""Further sections of a comparison's page: by match, in the course of training, other arms, sweeps, sites."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from megatron_graft.experiments import comparison_numbers as shown
+from megatron_graft.experiments.comparison import Summary
+from megatron_graft.experiments.experiment import CORE, FURTHER, SWEEP
+from megatron_graft.experiments.match_losses import MISS
+from megatron_graft.experiments.training_curves import SHARES
+from megatron_graft.reporting.page import NOTHING, markdown_table
+
+
+def plot_line(plots: Mapping[str, str], name: str, title: str) -> str:
+    """A plot as the page shows it; empty if it was not made."""
+    return f"![{title}]({plots[name]})" if name in plots else ""
+
+
+def arms_of(summary: Summary, *groups: str) -> dict[str, Any]:
+    """The arms of some groups that have been run, in the experiment's order."""
+    return {name: arm for name, arm in summary["arms"].items() if arm["group"] in groups}
+
+
+def parts_of(arms: Iterable[Mapping[str, Any]], primary: str) -> list[str]:
+    """``miss`` and the orders by which losses were split, ascending; empty if none were."""
+    parts = {part for arm in arms for part in arm["texts"].get(primary, {}).get("by_order", {})}
+    return sorted(parts, key=lambda part: 0 if part == MISS else int(part))
+
+
+def sweeps_of(summary: Summary) -> dict[str, dict[str, Any]]:
+    """The arms that lie on each sweep's axis, in the experiment's order."""
+    sweeps: dict[str, dict[str, Any]] = {}
+    for name, arm in summary["arms"].items():
+        if arm["sweep"] is not None:
+            sweeps.setdefault(arm["sweep"], {})[name] = arm
+    return sweeps
+
+
+def order_section(summary: Summary, plots: Mapping[str, str]) -> Iterable[str]:
+    """Losses by order of the longest match, and their differences to the references."""
+    primary = summary["primary"]
+    arms = {name: arm for name, arm in arms_of(summary, CORE).items() if arm["texts"].get(primary, {}).get("by_order")}
+    parts = parts_of(arms.values(), primary)
+    if not parts:
+        return
+    by_order = {name: arm["texts"][primary]["by_order"] for name, arm in arms.items()}
+    yield "## By length of match"
+    yield "Loss by the tokens in the longest match that the bank has at a position; ± is over seeds."
+    heads = ["arm", *(part if part == MISS else f"order {part}" for part in parts)]
+    first = next(iter(by_order.values()))
+    rows = [["share of positions", *(shown.percent(first.get(part, {}).get("share")) for part in parts)]]
+    rows += [
+        [f"`{name}`", *(shown.with_sd(found.get(part, {}).get("loss")) for part in parts)]
+        for name, found in by_order.items()
+    ]
+    yield markdown_table(heads, rows)
+    for other in summary["references"]:
+        rows = [
+            [f"`{name}`", *(shown.with_sd(found.get(part, {}).get("minus", {}).get(other), sign="+") for part in parts)]
+            for name, found in by_order.items()
+            if any(other in of_part["minus"] for of_part in found.values())
+        ]
+        if rows:
+            yield f"Minus the loss of `{other}`:"
+            yield markdown_table(heads, rows)
+    yield plot_line(plots, "by_order", "Differences by length of match")
+
+
+def grid_section(summary: Summary) -> Iterable[str]:
+    """Differences by order and count of the matched key."""
+    grids = summary["grids"]
+    cells = [cell for rivals in grids.values() for orders in rivals.values() for cell in orders.items()]
+    if not cells:
+        return
+    buckets = sorted({bucket for _, found in cells for bucket in found}, key=_first_number)
+    yield "## By length of match and frequency of the key"
+    yield (
+        "Differences by how often the matched key stands in the training text (columns), mean over seeds. In italics: "
+        f"fewer than {shown.FEW_TOKENS:,} tokens."
+    )
+    rows = []
+    for arm, rivals in grids.items():
+        orders = next(iter(rivals.values()))
+        for order, found in orders.items():
+            tokens = [shown.count(found.get(bucket, {}).get("tokens")) for bucket in buckets]
+            rows.append([f"tokens, `{arm}`", order, *tokens])
+        for rival, orders in rivals.items():
+            for order, found in orders.items():
+                rows.append([f"`{arm}` − `{rival}`", order, *(_cell(found.get(bucket)) for bucket in buckets)])
+    yield markdown_table(["", "order", *buckets], rows)
+
+
+def _cell(cell: Mapping[str, Any] | None) -> str:
+    if cell is None:
+        return NOTHING
+    text = shown.signed(cell["mean"], 3)
+    return f"*{text}*" if cell["tokens"] < shown.FEW_TOKENS else text
+
+
+def _first_number(bucket: str) -> int:
+    found = re.search(r"\d+", bucket)
+    return int(found[0]) if found else 0
+
+
+def training_section(summary: Summary, plots: Mapping[str, str]) -> Iterable[str]:
+    """Differences to the baseline in the course of training."""
+    baseline = summary["references"][0]
+    told = {
+        name: arm["training"]["minus"][baseline]["at"]
+        for name, arm in arms_of(summary, CORE).items()
+        if arm["training"] and baseline in arm["training"]["minus"]
+    }
+    if not told:
+        return
+    yield "## Loss against tokens"
+    yield (
+        f"Training loss minus that of `{baseline}` on the same batches, before the step that learns from them, over "
+        "the twentieth of the run that ends at a share of its tokens; ± is over seeds."
+    )
+    heads = ["arm", *(f"{share} % of the tokens" for share in SHARES)]
+    lines = [[f"`{name}`", *(shown.with_sd(at[str(share)], sign="+") for share in SHARES)] for name, at in told.items()]
+    yield markdown_table(heads, lines)
+    best = min(told, key=lambda name: told[name]["100"]["mean"] or 0.0)
+    steps = ", ".join(f"{shown.signed(told[best][str(share)]['mean'])} at {share} %" for share in SHARES)
+    yield f"Of `{best}`, the arm furthest below `{baseline}` at the end, the difference is {steps} of the tokens."
+    yield plot_line(plots, "tokens", f"Training loss minus that of {baseline}, against tokens")
+
+
+def further_section(summary: Summary) -> Iterable[str]:
+    """Arms without a hypothesis."""
+    arms = arms_of(summary, FURTHER)
+    if not arms:
+        return
+    yield "## Further arms"
+    yield "No hypothesis was fixed about these. One seed cannot show that a difference would come again with another."
+    references = summary["references"]
+    heads = [
+        "arm",
+        "seeds",
+        "trained",
+        "stored, frozen",
+        "loss",
+        "bits/byte",
+        *(f"− `{one}`" for one in references),
+    ]
+    yield markdown_table(heads, [_further_row(name, arm, summary) for name, arm in arms.items()])
+
+
+def _further_row(name: str, arm: Mapping[str, Any], summary: Summary) -> list[str]:
+    text = arm["texts"].get(summary["primary"], {})
+    return [
+        f"`{name}`: {arm['label']}", shown.seeds_of(arm), shown.millions(arm["parameters"].get("trained")),
+        shown.millions(arm["parameters"].get("stored")), shown.with_sd(text.get("loss")),
+        shown.with_sd(text.get("bits_per_byte")), *_minus(text, summary["references"]),
+    ]  # fmt: skip
+
+
+def _minus(text: Mapping[str, Any], references: Sequence[str]) -> list[str]:
+    return [shown.with_interval(text.get("minus", {}).get(other)) for other in references]
+
+
+def sweep_sections(summary: Summary, plots: Mapping[str, str]) -> Iterable[str]:
+    """Every sweep: one setting varied, all others as they were."""
+    sweeps, references = sweeps_of(summary), summary["references"]
+    if not sweeps:
+        return
+    yield "## Sweeps"
+    yield "Runs were compared on the seeds that they share with the reference; points of one seed are marked so."
+    yield plot_line(plots, "sweeps", "Every sweep: difference against the value")
+    heads = ["", "arm", "seeds", "trained", "bank rows", "matches", "loss", *(f"− `{one}`" for one in references)]
+    for sweep, arms in sweeps.items():
+        yield f"### {shown.sentence(sweep)}"
+        yield markdown_table(heads, [_sweep_row(name, arm, summary) for name, arm in arms.items()])
+    yield plot_line(plots, "coverage", "Size of the bank, and share of positions that match, against the difference")
+
+
+def _sweep_row(name: str, arm: Mapping[str, Any], summary: Summary) -> list[str]:
+    primary = summary["primary"]
+    text = arm["texts"].get(primary, {})
+    rate = (arm["hit_rate"] or {}).get(primary) or {}
+    return [
+        arm["value"] or arm["label"], f"`{name}`", shown.seeds_of(arm),
+        shown.millions(arm["parameters"].get("trained")), shown.count((arm["bank"] or {}).get("rows")),
+        shown.percent(rate.get("any")), shown.with_sd(text.get("loss")),
+        *_minus(text, summary["references"]),
+    ]  # fmt: skip
+
+
+def round_section(summary: Summary) -> Iterable[str]:
+    """The arms that were tuned after a look at the results, on the text that no choice was made by."""
+    tuned = summary["round"]
+    if tuned is None:
+        return
+    arms, text = tuned["arms"], tuned["text"]
+    yield "## After tuning"
+    yield (
+        f"These arms were chosen after a look at the results above; they are judged on `{text}`, by which no choice "
+        "was made. Loss of the arm of a line minus that of the arm of a column; bold where the interval over documents "
+        "excludes zero."
+    )
+    rows = [
+        [
+            f"`{name}`", shown.seeds_of(summary["arms"][name]), shown.with_sd(arm["loss"]),
+            *(shown.marked(arm["minus"].get(other)) for other in arms),
+        ]
+        for name, arm in arms.items()
+    ]  # fmt: skip
+    yield markdown_table(["arm", "seeds", f"loss, `{text}`", *(f"− `{name}`" for name in arms)], rows)
+
+
+def site_section(summary: Summary) -> Iterable[str]:
+    """Gate, size of the contribution, and dimensions it uses."""
+    rows = [
+        [
+            f"`{name}`", layer,
+            *(shown.with_sd(site.get(f"gate_{one}"), 3) for one in ("mean", "p10", "p50", "p90")),
+            shown.with_sd(site.get("delta_ratio"), 3), shown.with_sd(site.get("participation"), 1),
+        ]
+        for name, arm in summary["arms"].items()
+        if arm["group"] != SWEEP
+        for layer, site in arm["sites"].items()
+    ]  # fmt: skip
+    if rows:
+        yield "## Sites"
+        yield "Over the last log interval of training; ± is over seeds. Participation is the number of dimensions used."
+        heads = ["arm", "layer", "gate", "gate 10 %", "gate 50 %", "gate 90 %", "|δ|/|h|", "participation"]
+        yield markdown_table(heads, rows)
+
+
+def afterwards_section(summary: Summary) -> Iterable[str]:
+    """The trained weights without their memory, and with other rows."""
+    arms = {name: arm for name, arm in summary["arms"].items() if arm["group"] != SWEEP}
+    banks = list(
+        dict.fromkeys(bank for arm in arms.values() for text in arm["texts"].values() for bank in text["other_bank"])
+    )
+    rows = []
+    for name, arm in arms.items():
+        for text, found in arm["texts"].items():
+            measured = [found["memory_off"], *(found["other_bank"].get(bank) for bank in banks)]
+            if any(measured):
+                rows.append([
+                    f"`{name}`", f"`{text}`", shown.with_sd(found["loss"]),
+                    *(shown.with_interval(one and one["change"]) for one in measured),
+                ])  # fmt: skip
+    if rows:
+        yield "## Memory off, and other rows, after training"
+        yield "The trained weights with the memory sites bypassed, or with another bank's rows, minus their loss."
+        heads = ["arm", "text", "loss", "memory off", *(f"rows of `{bank}`" for bank in banks)]
+        yield markdown_table(heads, rows)
