@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -121,13 +121,14 @@ def _arm(
     experiment: Experiment, records: Records, name: str, references: list[str], texts: Iterable[str]
 ) -> dict[str, Any]:
     plan, runs = experiment.arms[name], records.runs[name]
+    rivals = {one: plan.against.get(one, one) for one in references}
     first = next(iter(runs.values()))
     speeds = [run.data["speed"]["tokens_per_second"] for run in runs.values() if run.data.get("speed")]
     return {
         "label": plan.label,
         "group": plan.group,
-        "sweep": plan.sweep,
-        "value": plan.value,
+        "sweeps": dict(plan.sweeps),
+        "against": dict(plan.against),
         "steps": plan.steps,
         "seeds": list(runs),
         "parameters": first.data["parameters"],
@@ -137,31 +138,32 @@ def _arm(
         "tokens_per_second": mean_and_sd(speeds) if speeds else None,
         "hit_rate": hit_rates_of(runs, texts),
         "sites": _sites(runs),
-        "texts": {
-            text: _text(experiment, records, name, text, references) for text in texts if records.losses(name, text)
-        },
-        "training": curve_of(runs, name, records.runs.get(experiment.baseline, {}), experiment.baseline),
+        "texts": {text: _text(experiment, records, name, text, rivals) for text in texts if records.losses(name, text)},
+        "training": curve_of(runs, name, records.runs.get(rivals[experiment.baseline], {}), experiment.baseline),
     }
 
 
-def _text(experiment: Experiment, records: Records, arm: str, text: str, references: list[str]) -> dict[str, Any]:
-    found = _measured(records, arm, text, references, None) | {
+def _text(experiment: Experiment, records: Records, arm: str, text: str, rivals: Mapping[str, str]) -> dict[str, Any]:
+    """Figures of an arm on a text; ``rivals`` are the references, and the arms that stand in for them."""
+    found = _measured(records, arm, text, rivals, None) | {
         "by_seed": {str(seed): run.texts[text].summary["loss"] for seed, run in _runs_on(records, arm, text)},
-        "by_order": by_order_of(records, arm, text, references),
+        "by_order": by_order_of(records, arm, text, rivals),
     }
     if text == experiment.primary:
         sources = sorted(set(records.documents(text).sources))
-        found["by_source"] = {_key(source): _measured(records, arm, text, references, source) for source in sources}
+        found["by_source"] = {_key(source): _measured(records, arm, text, rivals, source) for source in sources}
     return found | _afterwards(records, arm, text)
 
 
-def _measured(records: Records, arm: str, text: str, references: Iterable[str], source: str | None) -> dict[str, Any]:
+def _measured(records: Records, arm: str, text: str, rivals: Mapping[str, str], source: str | None) -> dict[str, Any]:
     """Loss, bits per byte and differences on a text or on one of its sources."""
     documents = records.documents(text)
     kept = np.array([source in (None, name) for name in documents.sources])
     nats = [float(losses[kept].sum()) for losses in records.losses(arm, text).values()]
     tokens, size = int(documents.tokens[kept].sum()), int(documents.bytes[kept].sum())
-    minus = {other: difference(records, arm, other, text, source=source) for other in references if other != arm}
+    minus = {
+        name: difference(records, arm, other, text, source=source) for name, other in rivals.items() if other != arm
+    }
     return {
         "loss": mean_and_sd([one / tokens for one in nats]),
         "bits_per_byte": mean_and_sd([one / math.log(2) / size for one in nats]) if size else None,
@@ -203,7 +205,7 @@ def _round(experiment: Experiment, records: Records) -> dict[str, Any] | None:
     return {
         "text": UNTOUCHED,
         "arms": {
-            arm: _measured(records, arm, UNTOUCHED, [*core, *tuned] if arm in tuned else [], None)
+            arm: _measured(records, arm, UNTOUCHED, {one: one for one in [*core, *tuned]} if arm in tuned else {}, None)
             for arm in [*core, *tuned]
         },
     }

@@ -34,8 +34,8 @@ def sweeps_of(summary: Summary) -> dict[str, dict[str, Any]]:
     """The arms that lie on each sweep's axis, in the experiment's order."""
     sweeps: dict[str, dict[str, Any]] = {}
     for name, arm in summary["arms"].items():
-        if arm["sweep"] is not None:
-            sweeps.setdefault(arm["sweep"], {})[name] = arm
+        for sweep in arm["sweeps"]:
+            sweeps.setdefault(sweep, {})[name] = arm
     return sweeps
 
 
@@ -168,21 +168,24 @@ def sweep_sections(summary: Summary, plots: Mapping[str, str]) -> Iterable[str]:
     if not sweeps:
         return
     yield "## Sweeps"
-    yield "Runs were compared on the seeds that they share with the reference; points of one seed are marked so."
+    yield (
+        "Runs are compared on the seeds that they share with the reference, and with one that was trained for as many "
+        "steps; points of one seed are marked so."
+    )
     yield plot_line(plots, "sweeps", "Every sweep: difference against the value")
     heads = ["", "arm", "seeds", "trained", "bank rows", "matches", "loss", *(f"− `{one}`" for one in references)]
     for sweep, arms in sweeps.items():
         yield f"### {shown.sentence(sweep)}"
-        yield markdown_table(heads, [_sweep_row(name, arm, summary) for name, arm in arms.items()])
+        yield markdown_table(heads, [_sweep_row(name, arm, sweep, summary) for name, arm in arms.items()])
     yield plot_line(plots, "coverage", "Size of the bank, and share of positions that match, against the difference")
 
 
-def _sweep_row(name: str, arm: Mapping[str, Any], summary: Summary) -> list[str]:
+def _sweep_row(name: str, arm: Mapping[str, Any], sweep: str, summary: Summary) -> list[str]:
     primary = summary["primary"]
     text = arm["texts"].get(primary, {})
     rate = (arm["hit_rate"] or {}).get(primary) or {}
     return [
-        arm["value"] or arm["label"], f"`{name}`", shown.seeds_of(arm),
+        arm["sweeps"][sweep], f"`{name}`", shown.seeds_of(arm),
         shown.millions(arm["parameters"].get("trained")), shown.count((arm["bank"] or {}).get("rows")),
         shown.percent(rate.get("any")), shown.with_sd(text.get("loss")),
         *_minus(text, summary["references"]),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -146,8 +146,8 @@ def _sweeps(summary: Summary, pyplot: Any) -> Any:
         means, bars = _means_and_bars(found.values())
         axes.plot(range(len(found)), means, color=COLOURS[0], alpha=0.4, linewidth=1)
         axes.errorbar(range(len(found)), means, yerr=bars, fmt="o", color=COLOURS[0], markersize=6, elinewidth=1.4)
-        _reference_line(axes, summary, found.values())
-        words = [summary["arms"][name]["value"] or name for name in found]
+        _reference_line(axes, summary, found)
+        words = [summary["arms"][name]["sweeps"][sweep] for name in found]
         aslant = {"rotation": 30, "ha": "right"} if max(map(len, words)) * len(words) > _MANY_TICKS * 6 else {}
         axes.set_xticks(range(len(words)), words, **aslant)
         axes.set_title(sweep)
@@ -183,7 +183,7 @@ def _coverage(summary: Summary, pyplot: Any) -> Any:
             axes.plot(xs, means, color=colour, alpha=0.4, linewidth=1)
             axes.errorbar(xs, means, yerr=bars, fmt="o", color=colour, markersize=6, elinewidth=1.4, label=sweep)
     for axes in (left, right):
-        _reference_line(axes, summary, [one for found in sweeps.values() for one in found.values()])
+        _reference_line(axes, summary, {name: one for found in sweeps.values() for name, one in found.items()})
     left.set_xscale("log")
     left.set(title="Size of the bank", xlabel="rows", ylabel=f"{primary} loss minus that of {baseline}")
     right.xaxis.set_major_formatter(matplotlib.ticker.PercentFormatter(1.0, decimals=0))
@@ -211,13 +211,14 @@ def _means_and_bars(found: Any) -> tuple[list[float], list[list[float]]]:
     return means, [below, above]
 
 
-def _reference_line(axes: Any, summary: Summary, points: Iterable[Mapping[str, Any]]) -> None:
-    """The rival's difference on the seeds of some points, if it has been run, as a dashed line; the baseline is 0."""
+def _reference_line(axes: Any, summary: Summary, points: Mapping[str, Mapping[str, Any]]) -> None:
+    """The rival's difference on the seeds of some arms, if it has been run, as a dashed line; the baseline is 0."""
     axes.axhline(0, color=_GREY, linewidth=1)
-    seeds = {seed for point in points for seed in point["by_seed"]}
+    arms, seeds = summary["arms"], {seed for point in points.values() for seed in point["by_seed"]}
     for rival in summary["references"][1:]:
-        found = _minus_baseline(summary, {rival: summary["arms"][rival]} if rival in summary["arms"] else {})
-        same = [value for seed, value in found[rival]["by_seed"].items() if seed in seeds] if found else []
+        standing_in = {arms[name]["against"].get(rival, rival) for name in points} & arms.keys()
+        found = _minus_baseline(summary, {name: arms[name] for name in standing_in})
+        same = [value for one in found.values() for seed, value in one["by_seed"].items() if seed in seeds]
         if same:
             height = float(np.mean(same))
             axes.axhline(height, color=_GREY, linewidth=1.2, linestyle=(0, (4, 2)))

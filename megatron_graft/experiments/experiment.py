@@ -45,9 +45,8 @@ class Arm:
         name: short name; runs are called after it.
         label: what it is, in a few words.
         group: ``core`` (judged by the hypotheses), ``further``, ``sweep`` or ``round`` (tuning that followed a look).
-        sweep: of an arm that lies on a sweep's axis, the sweep's name.
-        value: its place on that axis.
-        against: the arms that it is shown against, or none for the experiment's own: an arm of other steps has others.
+        sweeps: name of each sweep that it lies on -> its value there.
+        against: stand-ins for arms that it is shown against: one of other steps is shown against others of its steps.
         bank: name of its bank, or None.
         seeds: that it is run with.
         flags: its own.
@@ -57,9 +56,8 @@ class Arm:
     name: str
     label: str
     group: str
-    sweep: str | None
-    value: str | None
-    against: tuple[str, ...]
+    sweeps: Mapping[str, str]
+    against: Mapping[str, str]
     bank: str | None
     seeds: tuple[int, ...]
     flags: Flags
@@ -203,9 +201,8 @@ def _arm(name: str, fields: YamlFields, seeds: tuple[int, ...], recipient: Flags
         name=name,
         label=fields.text("label", name),
         group=fields.choice("group", GROUPS),
-        sweep=fields.text("sweep", None),
-        value=fields.text("value", None),
-        against=tuple(fields.list_of("against", str)),
+        sweeps=fields.words("sweeps"),
+        against=fields.words("against"),
         bank=fields.text("bank", None),
         seeds=tuple(fields.list_of("seeds", int)) or seeds,
         flags=flags,
@@ -264,7 +261,9 @@ def _check_names(path: Path, experiment: Experiment) -> None:
     arms = {"baseline": experiment.baseline}
     for hypothesis in experiment.hypotheses:
         arms |= {f"hypotheses {hypothesis.name} {side}": getattr(hypothesis, side) for side in ("better", "worse")}
-    arms |= {f"arms.{arm.name}.against {name}": name for arm in experiment.arms.values() for name in arm.against}
+    for arm in experiment.arms.values():
+        arms |= {f"arms.{arm.name}.against": name for name in arm.against}
+        arms |= {f"arms.{arm.name}.against.{name}": other for name, other in arm.against.items()}
     banks = {f"arms.{arm.name}.bank": arm.bank for arm in experiment.arms.values() if arm.bank}
     evaluation = {"classify_by": experiment.evaluation.classify_by, "other_bank": experiment.evaluation.other_bank}
     banks |= {f"evaluation.{role}": name for role, name in evaluation.items() if name}

@@ -29,17 +29,19 @@ def hit_rates_of(runs: Mapping[int, RunRecord], texts: Iterable[str]) -> dict[st
     return rates
 
 
-def by_order_of(records: Records, arm: str, text: str, references: list[str]) -> dict[str, Any]:
+def by_order_of(records: Records, arm: str, text: str, rivals: Mapping[str, str]) -> dict[str, Any]:
     """Loss of an arm by order of the match, and its differences to other arms where these were split by the same keys.
 
-    Empty if the arm's losses were not split.
+    ``rivals`` maps the name that a difference is shown under to the arm. Empty if the arm's losses were not split.
     """
     own = _by_seed(records, arm, text, _orders)
     parts = _alike(own)
     if set(parts) <= {MISS}:
         return {}
     total = sum(parts.values())
-    minus = {other: _minus(own, _by_seed(records, other, text, _orders)) for other in references if other != arm}
+    minus = {
+        name: _minus(own, _by_seed(records, other, text, _orders)) for name, other in rivals.items() if other != arm
+    }
     return {
         part: {
             "tokens": tokens,

@@ -79,6 +79,11 @@ class YamlFields:
         values = self._checked(name, self._take(name, []), list, [])
         return [self._checked(f"{name}[{place}]", value, kind, _REQUIRED) for place, value in enumerate(values)]
 
+    def words(self, name: str) -> dict[str, str]:
+        """A member that maps names to text; empty if it is not there."""
+        fields = self.member(name)
+        return {key: fields.text(key) for key in list(fields._values)}
+
     def flags(self, name: str) -> dict[str, Any]:
         """A member that maps flags to their values; empty if it is not there."""
         flags = self._checked(name, self._take(name, {}), dict, {})

@@ -1,4 +1,4 @@
-"""Two arms with two seeds in miniature, from the shell: texts, banks, runs side by side, a stop, records, the report."""
+"""Two arms with two seeds in miniature, from the shell: texts, banks, runs side by side, a stop, records, a report."""
 
 from __future__ import annotations
 

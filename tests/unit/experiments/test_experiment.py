@@ -29,7 +29,7 @@ def small() -> dict[str, Any]:
             "other": {"donor": "gemma3-270m"},
         },
         "arms": {
-            "more": {"group": "sweep", "sweep": "rows", "value": 50, "seeds": [1], "bank": "real"},
+            "more": {"group": "sweep", "sweeps": {"rows": 50}, "seeds": [1], "bank": "real"},
             "none": {"label": "no memory", "group": "core"},
             "graft": {"group": "core", "bank": "real", "flags": {"graft-layers": [1, 2], "train-iters": 9}},
         },
@@ -48,7 +48,7 @@ def test_a_file_says_all_there_is(tmp_path: Path) -> None:
     graft = experiment.arms["graft"]
     assert (graft.label, graft.steps, graft.seeds, graft.bank) == ("graft", 9, (1, 2), "real")
     assert experiment.arms["none"].steps == 8
-    assert experiment.arms["more"].value == "50"
+    assert experiment.arms["more"].sweeps == {"rows": "50"}
     assert experiment.hypotheses[0].better == "graft"
     assert [plan.name for plan in experiment.plans_of("shuffled")] == ["real", "shuffled"]
     assert experiment.same_keys("real", "shuffled") and not experiment.same_keys("other", "shuffled")
