@@ -186,22 +186,22 @@ def load_experiment(path: Path) -> Experiment:
         arms=arms,
         hypotheses=tuple(_hypothesis(fields) for fields in top.items_of("hypotheses")),
     )
-    top.skip("graft", "tables")  # anchors that arms refer to
+    top.skip("parts")  # anchors that arms refer to
     top.finish()
     _check_names(path, experiment)
     return experiment
 
 
 def _arm(name: str, fields: YamlFields, seeds: tuple[int, ...], recipient: Flags) -> Arm:
-    flags = fields.flags("flags")
+    flags, sweeps = fields.flags("flags"), fields.words("sweeps")
     steps = flags.get(STEPS_FLAG, recipient.get(STEPS_FLAG))
     if not isinstance(steps, int) or steps < 1:
         raise ConfigError(fields.place, f"has no number of steps: {STEPS_FLAG}", got=steps, expected="a whole number")
     arm = Arm(
         name=name,
-        label=fields.text("label", name),
+        label=fields.text("label", None) or ", ".join(" ".join(pair) for pair in sweeps.items()) or name,
         group=fields.choice("group", GROUPS),
-        sweeps=fields.words("sweeps"),
+        sweeps=sweeps,
         against=fields.words("against"),
         bank=fields.text("bank", None),
         seeds=tuple(fields.list_of("seeds", int)) or seeds,
