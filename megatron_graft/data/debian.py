@@ -43,17 +43,14 @@ def fetch_debian_package(package: DebianPackage, cache: Path) -> Path:
     """Return the package's archive in ``cache``, downloading it if it is not there yet.
 
     Raises:
-        PlatformError: there is no ``apt-get`` or ``dpkg-deb`` on PATH.
+        PlatformError: there is no ``dpkg-deb`` on PATH, or no ``apt-get`` to download with.
         CorpusError: this Debian has no such version, or the archive is not the pinned one.
         StorageError: the cache cannot be written.
     """
     archive = cache / package.archive_name
-    for program in ("apt-get", "dpkg-deb"):
-        if shutil.which(program) is None:
-            raise PlatformError(
-                program, f"is not on PATH, and a text is fetched with it ({package.spec})", remedy=_WAY_OUT
-            )
+    _require("dpkg-deb", package)
     if not archive.is_file():
+        _require("apt-get", package)
         _download(package, archive)
     found = sha256_of_file(archive)
     if found != package.sha256:
@@ -62,6 +59,11 @@ def fetch_debian_package(package: DebianPackage, cache: Path) -> Path:
             expected=f"sha256 {package.sha256}", remedy="Delete the file and run the command again.",
         )  # fmt: skip
     return archive
+
+
+def _require(program: str, package: DebianPackage) -> None:
+    if shutil.which(program) is None:
+        raise PlatformError(program, f"is not on PATH, and {package.spec} is read with it", remedy=_WAY_OUT)
 
 
 def _download(package: DebianPackage, archive: Path) -> None:
@@ -79,7 +81,8 @@ def _download(package: DebianPackage, archive: Path) -> None:
                 last_lines = "\n".join(result.stderr.strip().splitlines()[-_STDERR_LINES:])
                 raise CorpusError(
                     package.spec, f"could not be fetched: apt-get ended with exit code {result.returncode}",
-                    got=f"its last lines:\n{last_lines}\n", remedy=f"Run apt-get update and try again. {_WAY_OUT}",
+                    got=f"its last lines:\n{last_lines}\n",
+                    remedy=f"Run apt-get update and try again; another Debian may have another version. {_WAY_OUT}",
                 )  # fmt: skip
             fetched[0].replace(archive)
 
@@ -88,6 +91,9 @@ def read_debian_members(archive: Path, pattern: str) -> Iterator[tuple[str, byte
     """Yield ``(path, bytes)`` of the package's files whose path (``usr/share/...``) ``pattern`` matches as a whole.
 
     They come in the order of their paths.
+
+    Raises:
+        CorpusError: the archive cannot be read.
     """
     wanted, contents = re.compile(pattern), {}
     unpacked = subprocess.run(["dpkg-deb", "--fsys-tarfile", str(archive)], capture_output=True, check=False)

@@ -9,12 +9,14 @@ texts/texts.json                           settings, and how many documents of w
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from megatron_graft.data.corpus import FOREIGN, HELD_OUT, prepare_corpus
+from megatron_graft.data.corpus import FOREIGN, HELD_OUT, TRAIN, prepare_corpus
 from megatron_graft.data.foreign_sources import foreign_source
 from megatron_graft.data.sources import Source, default_sources, stable_hash
 from megatron_graft.data.user_files import sources_of_files
@@ -50,13 +52,14 @@ def prepare_texts(
         The manifest, as in ``texts.json``.
 
     Raises:
-        ConfigError: ``directory`` holds texts made with other settings, or a name is given twice.
+        ConfigError: ``directory`` holds texts made with other settings, a name is no name or given twice, or
+            ``longest_document`` is less than one.
         CorpusError, PlatformError, StorageError: a text cannot be had, read or written.
     """
+    if longest_document < 1:
+        raise ConfigError("texts.longest_document", "is too small", got=longest_document, expected="1 or more")
     sources = sources_of_files(inputs, "texts.input") if inputs else default_sources(cache)
-    named = {name: source for name, source in (_foreign(item, cache) for item in foreign)}
-    if len(named) < len(foreign) or {HELD_OUT, UNTOUCHED} & named.keys():
-        raise ConfigError("texts.foreign", "gives two texts one name", got=", ".join(foreign))
+    named = _foreign_sources(foreign, cache)
     corpus = prepare_corpus(directory / "corpus", sources, list(named.values()), held_out_fraction)
     settings = {"corpus": corpus["settings"], "foreign": list(named), "longest_document": longest_document}
     target = directory / "texts"
@@ -70,12 +73,26 @@ def prepare_texts(
     return manifest
 
 
-def _foreign(item: str, cache: Path) -> tuple[str, Source]:
-    name, separator, file = item.partition("=")
-    if not separator:
-        return name, foreign_source(name, cache)
-    [source] = sources_of_files([Path(file)], f"texts.foreign {name}")
-    return name, source
+def _foreign_sources(foreign: Sequence[str], cache: Path) -> dict[str, Source]:
+    names = [item.partition("=")[0] for item in foreign]
+    if len({TRAIN, HELD_OUT, UNTOUCHED, *names}) < len(names) + 3:
+        raise ConfigError(
+            "texts.foreign", "gives two texts one name", got=", ".join(foreign),
+            expected=f"names of their own, none of {TRAIN}, {HELD_OUT}, {UNTOUCHED}",
+        )  # fmt: skip
+    for name in names:  # it becomes a file's name
+        if not re.fullmatch(r"\w[\w.-]*", name):
+            raise ConfigError(
+                "texts.foreign", "gives a text no usable name", got=repr(name), expected="letters and digits"
+            )
+    return {name: _foreign(item, name, cache) for name, item in zip(names, foreign, strict=True)}
+
+
+def _foreign(item: str, name: str, cache: Path) -> Source:
+    if item == name:
+        return foreign_source(name, cache)
+    [source] = sources_of_files([Path(item.partition("=")[2])], f"texts.foreign {name}")
+    return replace(source, name=name)  # two files of one name in two directories stay two texts
 
 
 def _finished(target: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -83,7 +100,7 @@ def _finished(target: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
         manifest: dict[str, Any] = json.loads((target / MANIFEST).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ConfigError(target, f"exists but holds no texts: {error}", remedy="Remove it.") from error
-    if manifest.get("version") != VERSION or manifest.get("settings") != settings:
+    if (manifest.get("format"), manifest.get("version"), manifest.get("settings")) != (FORMAT, VERSION, settings):
         raise ConfigError(
             target, "holds texts made with other settings", got=json.dumps(manifest.get("settings")),
             expected=json.dumps(settings), remedy="Remove it, or give the experiment another --work-dir.",
@@ -91,7 +108,7 @@ def _finished(target: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
     return manifest
 
 
-def _texts(corpus: Path, foreign: Mapping[str, Source]) -> dict[str, Records]:
+def _texts(corpus: Path, foreign: Iterable[str]) -> dict[str, Records]:
     """Every text of evaluation, its records grouped by source."""
     held_out = _read(corpus / f"{HELD_OUT}.jsonl")
     halves: dict[str, Records] = {HELD_OUT: [], UNTOUCHED: []}
@@ -101,11 +118,13 @@ def _texts(corpus: Path, foreign: Mapping[str, Source]) -> dict[str, Records]:
         for record in own:
             halves[HELD_OUT if record["id"] in first else UNTOUCHED].append(record)
     if not halves[UNTOUCHED]:
-        raise CorpusError("texts", "hold too little out for two halves", got=f"{len(held_out)} documents")
-    others = _read(corpus / f"{FOREIGN}.jsonl") if foreign else []
-    return halves | {
-        name: [record for record in others if record["source"] == source.name] for name, source in foreign.items()
-    }
+        raise CorpusError(
+            "texts", "hold too little out for two halves", got=f"{len(held_out)} documents, one a source",
+            expected="a source with 2 or more", remedy="Raise texts.held_out_fraction or give more documents.",
+        )  # fmt: skip
+    names = list(foreign)
+    others = _read(corpus / f"{FOREIGN}.jsonl") if names else []
+    return halves | {name: [record for record in others if record["source"] == name] for name in names}
 
 
 def _half_hash(record: Mapping[str, str]) -> int:
@@ -134,9 +153,9 @@ def _lines(records: Iterable[Mapping[str, str]]) -> Iterator[bytes]:
 
 
 def shortened(text: str, longest: int) -> str:
-    """``text``, cut before the word that would make it longer than ``longest`` characters."""
+    """``text``, cut before the word that would make it longer than ``longest`` characters; never to nothing."""
     if len(text) <= longest:
         return text
     start = text[: longest + 1]
     ends = [place for place, character in enumerate(start) if character.isspace()]
-    return text[: ends[-1]].rstrip() if ends and ends[-1] else text[:longest]
+    return text[: ends[-1] if ends else 0].rstrip() or text[:longest]

@@ -51,7 +51,7 @@ def miniature(directory: Path) -> Path:
         "hypotheses": [{"name": "H1", "better": "graft", "worse": "none", "claim": "the bank pays"}],
     }  # fmt: skip
     path = directory / "arms.yaml"
-    path.write_text(yaml.safe_dump(experiment))
+    path.write_text(yaml.safe_dump(experiment, sort_keys=False))
     return path
 
 

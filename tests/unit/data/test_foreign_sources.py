@@ -1,17 +1,15 @@
-"""Foreign texts: pages of a manual, joined fortunes, this project's own prose; and packages of Debian."""
+"""Foreign texts: pages of a manual, joined fortunes, this project's own prose."""
 
 from __future__ import annotations
 
-import shutil
-import subprocess
 from pathlib import Path
 
 import pytest
 
-from megatron_graft.data.debian import DebianPackage, fetch_debian_package, read_debian_members
+from megatron_graft.data import foreign_sources
 from megatron_graft.data.foreign_sources import LARGEST_TEXT, foreign_source, text_of_page
 from megatron_graft.errors import CorpusError
-from megatron_graft.files import sha256_of_file
+from tests.helpers.debian_packages import make_package, needs_dpkg
 
 PAGE = """<HTML><HEAD><TITLE>Left out</TITLE></HEAD><BODY
 ><DIV CLASS="NAVHEADER"><TABLE><TR><TD>Prev</TD></TR></TABLE><HR></DIV
@@ -19,8 +17,6 @@ PAGE = """<HTML><HEAD><TITLE>Left out</TITLE></HEAD><BODY
   block.</P><PRE>cat &#60;&#60;EOF
   two  spaces
 EOF</PRE><DIV CLASS="NAVFOOTER"><A HREF="x">Next</A></DIV></BODY></HTML>"""
-
-needs_dpkg = pytest.mark.skipif(shutil.which("dpkg-deb") is None, reason="no dpkg-deb here")
 
 
 def test_a_page_keeps_its_text_and_its_code_and_nothing_else() -> None:
@@ -43,46 +39,30 @@ def test_an_unknown_text_is_refused_with_the_known_ones(tmp_path: Path) -> None:
         foreign_source("own_doc", tmp_path)
 
 
-def make_package(directory: Path) -> Path:
-    """A real package with two texts."""
-    root = directory / "root"
-    (root / "DEBIAN").mkdir(parents=True)
-    (root / "DEBIAN" / "control").write_text(
-        "Package: tiny\nVersion: 1\nArchitecture: all\nMaintainer: nobody <n@example.org>\nDescription: tiny\n"
-    )
-    (root / "usr" / "share").mkdir(parents=True)
-    for name in ("b.txt", "a.txt", "c.dat"):
-        (root / "usr" / "share" / name).write_text(f"text of {name}")
-    target = directory / "tiny_1.deb"
-    subprocess.run(["dpkg-deb", "--build", "--root-owner-group", str(root), str(target)], check=True)
-    return target
+@needs_dpkg
+def test_fortunes_of_one_file_are_joined_to_documents_of_some_length(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sayings = [f"Saying {number}: " + "so it goes, " * 20 for number in range(30)]
+    there = "usr/share/games/fortunes/"
+    texts = "\n%\n".join(sayings)
+    files = {there + "wise": texts, there + "wise.dat": texts, there + "wise.u8": texts, there + "off/rude": texts}
+    monkeypatch.setattr(foreign_sources, "FORTUNES", make_package(tmp_path, files))
+    documents = sorted(foreign_source("fortunes", tmp_path).documents(), key=lambda document: document.id)
+    assert [document.id for document in documents] == ["wise-0", "wise-1", "wise-2", "wise-3"]
+    assert "\n\n".join(document.text for document in documents) == "\n\n".join(map(str.strip, sayings))
+    assert all(2000 <= len(document.text) < 2500 for document in documents[:-1])
 
 
 @needs_dpkg
-def test_members_of_a_package_come_in_the_order_of_their_paths(tmp_path: Path) -> None:
-    members = list(read_debian_members(make_package(tmp_path), r"usr/share/\w+\.txt"))
-    assert members == [("usr/share/a.txt", b"text of a.txt"), ("usr/share/b.txt", b"text of b.txt")]
+def test_every_page_of_the_guide_is_a_document(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pages = {f"usr/share/doc/abs-guide/html/{name}.html": PAGE.replace("block", f"{name} " * 80) for name in "ab"}
+    pages["usr/share/doc/abs-guide/html/links.html"] = PAGE  # too short to be worth reading
+    monkeypatch.setattr(foreign_sources, "BASH_GUIDE", make_package(tmp_path, pages))
+    assert sorted(document.id for document in foreign_source("bash_guide", tmp_path).documents()) == ["a", "b"]
 
 
-@needs_dpkg
-def test_a_cached_package_must_be_the_pinned_one(tmp_path: Path) -> None:
-    archive = make_package(tmp_path)
-    pinned = DebianPackage(name="tiny", version="1", sha256=sha256_of_file(archive))
-    assert fetch_debian_package(pinned, tmp_path) == archive
-    with pytest.raises(CorpusError, match="is not the archive of tiny=1"):
-        fetch_debian_package(DebianPackage(name="tiny", version="1", sha256="0" * 64), tmp_path)
-
-
-@needs_dpkg
-def test_what_is_no_package_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "broken.deb").write_bytes(b"no archive")
-    with pytest.raises(CorpusError, match="is no readable package"):
-        list(read_debian_members(tmp_path / "broken.deb", ".*"))
-
-
-@pytest.mark.skipif(shutil.which("apt-get") is None, reason="no apt-get here")
-def test_a_version_that_is_not_there_is_refused_and_leaves_nothing(tmp_path: Path) -> None:
-    missing = DebianPackage(name="no-such-package-here", version="1", sha256="0" * 64)
-    with pytest.raises(CorpusError, match="no-such-package-here=1: could not be fetched"):
-        fetch_debian_package(missing, tmp_path / "cache")
-    assert not list((tmp_path / "cache").iterdir())
+def test_a_package_without_pages_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(foreign_sources, "_REPOSITORY", tmp_path)
+    with pytest.raises(CorpusError, match="own_docs.*leave this text out"):
+        foreign_source("own_docs", tmp_path)

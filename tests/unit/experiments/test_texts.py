@@ -70,6 +70,7 @@ def test_long_documents_are_cut_between_words(tmp_path: Path) -> None:
     assert shortened("one two", 7) == "one two"
     assert shortened("one two t", 7) == "one two"
     assert shortened("unbroken", 4) == "unbr"
+    assert shortened("  unbroken", 6) == "  unbr"  # a document that is nothing would shift all after it
 
 
 def test_a_second_call_does_nothing_and_other_settings_are_refused(tmp_path: Path) -> None:
@@ -86,3 +87,26 @@ def test_two_texts_of_one_name_are_refused(tmp_path: Path) -> None:
         prepare(tmp_path, foreign=["own_docs", "own_docs"])
     with pytest.raises(CorpusError, match="foreign text emails"):
         prepare(tmp_path, foreign=["emails"])
+
+
+def test_files_of_one_name_in_two_directories_are_two_texts(tmp_path: Path) -> None:
+    files = []
+    for name in ("first", "second"):
+        (tmp_path / name).mkdir()
+        files.append(write_jsonl(tmp_path / name / "mail.jsonl", [f"{name} text {number}" for number in range(3)]))
+    manifest = prepare(tmp_path, foreign=[f"a={files[0]}", f"b={files[1]}"])
+    for text, name in (("a", "first"), ("b", "second")):
+        assert [record["text"] for record in records(tmp_path, text)] == [f"{name} text {n}" for n in range(3)]
+        assert manifest["texts"][text]["sources"] == {text: 3}
+
+
+@pytest.mark.parametrize("name", ["train", "heldout", "untouched", "../up", ""])
+def test_a_name_that_would_lie_over_another_file_is_refused(tmp_path: Path, name: str) -> None:
+    with pytest.raises(ConfigError, match="texts.foreign: gives"):
+        prepare(tmp_path, foreign=[f"{name}={tmp_path / 'inputs' / 'mail.jsonl'}"])
+
+
+def test_one_held_out_document_makes_no_two_halves(tmp_path: Path) -> None:
+    few = write_jsonl(tmp_path / "few.jsonl", make_documents(3, seed=4))
+    with pytest.raises(CorpusError, match="two halves"):
+        prepare(tmp_path, inputs=[few])
