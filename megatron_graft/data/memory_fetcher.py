@@ -33,7 +33,7 @@ class FetchCounts:
     Attributes:
         orders: for each bank of the run int64 ``[max_order + 1]``, this rank's positions by length of their match
             (entry 0: misses); all zero for a bank that the rank does not read.
-        graft_rows: distinct bank rows gathered.
+        graft_rows: distinct rows found in banks, within each micro-batch and bank.
         engram_requests: rows of hashed tables that this rank's positions read.
         engram_rows: distinct ones among them, within each micro-batch and table.
     """
@@ -105,7 +105,7 @@ class MemoryFetcher:
     def __init__(self, sources: MemorySources, layout: MemoryLayout, *, pin: bool = False) -> None:
         self.sources, self.layout, self.pin = sources, layout, pin
         self._scratch = _Scratch()
-        self._bounds = [layout.partition.table_bounds(engram.reading.num_rows) for engram in layout.engrams]
+        self._bounds = [layout.partition.table_bounds(num_rows) for num_rows in layout.exchanged_rows]
 
     def no_counts(self) -> FetchCounts:
         """Counts of nothing, to add to."""
@@ -142,15 +142,17 @@ class MemoryFetcher:
         index.lookup(tokens, eod=self.sources.eod, rows_out=rows_BS, orders_out=orders_BS)
         memory.order_BS(number).numpy()[:] = orders_BS[:, mine]
         counts.orders[number][:] = _count_orders(memory.order_BS(number).numpy(), bank.max_order)
-        rows = self._flat("rows.mine", rows_BS[:, mine])
-        unique = self._scratch.get("unique", rows.shape, np.int64)
-        inverse = memory.inverse_BS(number).numpy().reshape(-1)
-        found = unique_rows(rows, unique, inverse, self.sources.implementation)
+        exchange = self.layout.exchange_of_bank(number)
+        if exchange is None:
+            distinct, inverse = self._distinct("mine", rows_BS[:, mine])
+        else:
+            distinct, inverse = self._share_out(exchange, rows_BS[..., np.newaxis], memory)
+        memory.inverse_BS(number).numpy().reshape(-1)[:] = inverse
         for graft, slice_ in enumerate(self.layout.grafts):
             if slice_.bank == number:
-                bank.gather(unique[:found], memory.rows_PR(graft).numpy()[1 : 1 + found], slice_.columns)
-                memory.set_used(f"rows.{graft}", 1 + found)
-        counts.graft_rows += found
+                bank.gather(distinct, memory.rows_PR(graft).numpy()[1 : 1 + len(distinct)], slice_.columns)
+                memory.set_used(f"rows.{graft}", 1 + len(distinct))
+        counts.graft_rows += len(distinct)
         return orders_BS
 
     def _request(
@@ -168,31 +170,49 @@ class MemoryFetcher:
         hasher.rows(tokens, rows_out=rows_BSK)
         if skip_BS is not None:
             rows_BSK[skip_BS] = -1
+        distinct, inverse = self._share_out(number, rows_BSK, memory)
+        memory.reads_BSh(number).numpy().reshape(-1)[:] = inverse
+        counts.engram_requests += int(np.count_nonzero(inverse))
+        counts.engram_rows += len(distinct)
+
+    def _share_out(self, number: int, rows_BSK: np.ndarray, memory: MicroBatchMemory) -> tuple[np.ndarray, np.ndarray]:
+        """Fill an exchange: what each rank asks of this one, of the table rows that whole sequences read.
+
+        Returns this rank's own part as :meth:`_distinct` does: received rows arrive in that order, since the shares of
+        the ranks follow one another.
+        """
         partition, bounds = self.layout.partition, self._bounds[number]
-        requests, sent = memory.requests(number).numpy(), 0
+        length, num_heads = rows_BSK.shape[1:]
+        parts = []
         for rank in range(partition.size):
-            heads = slice(*partition.heads(engram.reading.num_heads, rank))
-            wanted = self._flat(f"wanted.{rank}", rows_BSK[:, partition.positions(tokens.shape[1], rank), heads])
-            unique = self._scratch.get(f"wanted.unique.{rank}", wanted.shape, np.int64)
-            inverse = self._scratch.get(f"wanted.inverse.{rank}", wanted.shape, np.int32)
-            found = unique_rows(wanted, unique, inverse, self.sources.implementation)
-            places = np.searchsorted(unique[:found], bounds)
+            heads = slice(*partition.heads(num_heads, rank))
+            wanted = rows_BSK[:, partition.positions(length, rank), heads]
+            parts.append(self._distinct(f"wanted.{num_heads}.{rank}", wanted))
+        requests, sent = memory.requests(number).numpy(), 0
+        for rank, (distinct, _) in enumerate(parts):
+            places = np.searchsorted(distinct, bounds)
             low, high = (int(place) for place in places[partition.rank : partition.rank + 2])
-            requests[sent : sent + high - low] = unique[low:high] - bounds[partition.rank]
+            requests[sent : sent + high - low] = distinct[low:high] - bounds[partition.rank]
             sent += high - low
             memory.exchange[number, 0, rank] = high - low
             if rank == partition.rank:
-                memory.reads_BSh(number).numpy().reshape(-1)[:] = inverse
                 memory.exchange[number, 1] = torch.from_numpy(np.diff(places))
-                counts.engram_requests += int(np.count_nonzero(inverse))
-                counts.engram_rows += found
         memory.set_used(f"requests.{number}", sent)
+        return parts[partition.rank]
 
-    def _flat(self, name: str, array: np.ndarray) -> np.ndarray:
-        """A contiguous one-dimensional copy of an int64 array."""
-        copy = self._scratch.get(name, array.shape, np.int64)
-        np.copyto(copy, array)
-        return copy.reshape(-1)
+    def _distinct(self, name: str, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The distinct ones of some row numbers, and where among them each is found; scratch of that name.
+
+        Returns:
+            int64 ``[n]`` ascending, without negative ones; and int32 ``[rows.size]`` places from 1, 0 for a negative
+            one.
+        """
+        copy = self._scratch.get(name, rows.shape, np.int64)
+        np.copyto(copy, rows)
+        unique = self._scratch.get(f"{name}.unique", (rows.size,), np.int64)
+        inverse = self._scratch.get(f"{name}.inverse", (rows.size,), np.int32)
+        found = unique_rows(copy.reshape(-1), unique, inverse, self.sources.implementation)
+        return unique[:found], inverse
 
 
 def _count_orders(orders_BS: np.ndarray, max_order: int) -> np.ndarray:

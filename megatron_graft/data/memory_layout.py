@@ -1,7 +1,9 @@
 """What the memory sites of a rank read, and what one micro-batch therefore brings them.
 
 A *reading* says what one site reads, whatever the parallel layout. A :class:`MemoryLayout` is made from the readings of
-the sites on one rank: banks that several sites read are looked up once, and the same columns are gathered once.
+the sites on one rank: banks that several sites read are looked up once, and the same columns are gathered once. Where
+sites train rows of their own instead of reading the bank's, nothing is gathered: the rows found are asked for, as those
+of a hashed table are.
 """
 
 from __future__ import annotations
@@ -22,12 +24,15 @@ class GraftReading:
         columns: (first, end) within the bank's rows.
         row_layout: of the bank's whole rows.
         max_order: longest n-gram of the bank.
+        trained_rows: how many rows the bank has, if the site trains rows of its own under the bank's keys; None if it
+            reads the bank's.
     """
 
     bank: int
     columns: Columns
     row_layout: RowLayout
     max_order: int
+    trained_rows: int | None = None
 
     @property
     def width(self) -> int:
@@ -112,41 +117,88 @@ class EngramRows:
 
 
 @dataclass(frozen=True, kw_only=True)
+class TrainedRows:
+    """Rows under a bank's keys that sites train, and that the ranks exchange for each micro-batch.
+
+    Every site has rows of its own; which ones it reads follows from the bank, so sites of one bank share this.
+
+    Attributes:
+        bank: number of the bank.
+        num_rows: of the bank, and of each of its sites' tables.
+    """
+
+    bank: int
+    num_rows: int
+
+
+@dataclass(frozen=True, kw_only=True)
 class MemoryLayout:
     """What one micro-batch brings to the sites of one rank.
+
+    Exchanges are numbered: those of :attr:`engrams` come first, those of :attr:`trained` follow.
 
     Attributes:
         partition: the rank's place among the tensor-parallel ranks.
         banks: numbers of the banks that are looked up, ascending.
         grafts: what is gathered.
-        engrams: what is exchanged, by layer.
+        engrams: what is exchanged of hashed tables, by layer.
+        trained: what is exchanged of trained rows, by bank.
     """
 
     partition: Partition
     banks: tuple[int, ...]
     grafts: tuple[GraftRows, ...]
     engrams: tuple[EngramRows, ...]
+    trained: tuple[TrainedRows, ...]
 
     @classmethod
     def of(cls, sites: Iterable[SiteReading], partition: Partition) -> MemoryLayout:
-        """The layout that serves the given sites of a rank."""
+        """The layout that serves the given sites of a rank.
+
+        Raises:
+            ValueError: rows are trained where a rank reads a slice of every row's columns.
+        """
         by_layer = sorted(sites, key=lambda site: site.layer_number)
-        grafts = [_graft_rows(site.graft, partition) for site in by_layer if site.graft]
+        readings = [site.graft for site in by_layer if site.graft]
+        rows_of = {reading.bank: reading.trained_rows for reading in readings if reading.trained_rows is not None}
+        if rows_of and partition.splits_columns:
+            raise ValueError("trained rows are exchanged whole: no rank can read a slice of their columns")
         return cls(
             partition=partition,
-            banks=tuple(sorted({rows.bank for rows in grafts})),
-            grafts=tuple(dict.fromkeys(grafts)),
+            banks=tuple(sorted({reading.bank for reading in readings})),
+            grafts=tuple(
+                dict.fromkeys(_graft_rows(graft, partition) for graft in readings if graft.trained_rows is None)
+            ),
             engrams=tuple(_engram_rows(site, site.engram, partition) for site in by_layer if site.engram),
+            trained=tuple(TrainedRows(bank=bank, num_rows=rows) for bank, rows in sorted(rows_of.items())),
         )
 
+    @property
+    def exchanged_rows(self) -> tuple[int, ...]:
+        """For each exchange the number of rows of the whole table."""
+        return (*(engram.reading.num_rows for engram in self.engrams), *(rows.num_rows for rows in self.trained))
+
     def graft_of(self, site: SiteReading) -> int | None:
-        """Place among :attr:`grafts` of what a site reads."""
-        return self.grafts.index(_graft_rows(site.graft, self.partition)) if site.graft else None
+        """Place among :attr:`grafts` of what a site reads; None if it reads no frozen rows."""
+        if site.graft is None or site.graft.trained_rows is not None:
+            return None
+        return self.grafts.index(_graft_rows(site.graft, self.partition))
 
     def engram_of(self, site: SiteReading) -> int | None:
-        """Place among :attr:`engrams` of what a site reads."""
+        """Place among :attr:`engrams` of what a site reads, which is the number of its exchange."""
         layers = [rows.layer_number for rows in self.engrams]
         return layers.index(site.layer_number) if site.engram else None
+
+    def trained_of(self, site: SiteReading) -> int | None:
+        """Number of the exchange of a site's trained rows; None if it has none."""
+        if site.graft is None or site.graft.trained_rows is None:
+            return None
+        return self.exchange_of_bank(site.graft.bank)
+
+    def exchange_of_bank(self, bank: int) -> int | None:
+        """Number of the exchange of rows trained under a bank's keys; None if no site trains any."""
+        banks = [rows.bank for rows in self.trained]
+        return len(self.engrams) + banks.index(bank) if bank in banks else None
 
 
 def _graft_rows(reading: GraftReading, partition: Partition) -> GraftRows:

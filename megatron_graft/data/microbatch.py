@@ -6,7 +6,8 @@ host must know to start a collective, the number of table rows that go to and co
 a tensor that stays on the host (``context_mask``), so that nobody asks a device for a number.
 
 Shapes: B sequences, S positions of the whole sequence, s positions of this rank, P = B * s, R bytes of a gathered row,
-h of K heads of a hashed table that this rank reads, E hashed tables on this rank, T tensor-parallel ranks.
+h of K heads of a hashed table that this rank reads (K = 1 for rows trained under a bank's keys), E exchanges of this
+rank (of hashed tables, then of trained rows), T tensor-parallel ranks.
 
 ============== ========= =========== =============================================================================
 section        dtype     shape       content
@@ -15,8 +16,9 @@ header         int64     [8 + n]     magic, sequence number, B, s, four reserved
                                      rows or requests how many of its rows are in use
 position       int32     [B, s]      distance from the document's first token
 order.<bank>   uint8     [B, s]      length of the matched n-gram; 0 at a miss
-inverse.<bank> int32     [B, s]      index into ``rows`` of the position's row; 0 at a miss
-reads.<e>      int32     [B, s, h]   index of each head's row among the received ones, from 1; 0 reads nothing
+inverse.<bank> int32     [B, s]      index of the position's row, in ``rows`` or among the received ones; 0 at a miss
+reads.<e>      int32     [B, s, h]   for a hashed table: index of each head's row among the received ones, from 1; 0
+                                     reads nothing
 rows.<g>       uint8     [P + 1, R]  row 0 is zero; then the distinct rows of the micro-batch, then unspecified
 requests.<e>   int32     [B * S * K] rows of this rank's share of a table, for each rank in turn those that it asks
                                      for, ascending and distinct; then unspecified
@@ -30,6 +32,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -62,7 +65,7 @@ def _sections(layout: MemoryLayout, sequences: int, positions: int) -> dict[str,
     shape, count = (sequences, positions), sequences * positions
     whole = count * layout.partition.sequence_parts
     kinds: list[tuple[str, tuple[int, ...], torch.dtype, int]] = [
-        ("header", (_FIXED_WORDS + len(layout.grafts) + len(layout.engrams),), torch.int64, 0),
+        ("header", (_FIXED_WORDS + len(layout.grafts) + len(layout.exchanged_rows),), torch.int64, 0),
         ("position", shape, torch.int32, 0),
     ]
     for bank in layout.banks:
@@ -72,14 +75,34 @@ def _sections(layout: MemoryLayout, sequences: int, positions: int) -> dict[str,
     for number, graft in enumerate(layout.grafts):
         row_bytes = graft.row_layout.row_bytes()
         kinds.append((f"rows.{number}", (count + 1, row_bytes), torch.uint8, row_bytes))
-    for number, engram in enumerate(layout.engrams):
-        kinds.append((f"requests.{number}", (whole * engram.reading.num_heads,), torch.int32, torch.int32.itemsize))
+    heads = [*(engram.reading.num_heads for engram in layout.engrams), *(1 for _ in layout.trained)]
+    for number, num_heads in enumerate(heads):
+        kinds.append((f"requests.{number}", (whole * num_heads,), torch.int32, torch.int32.itemsize))
     sections, end = {}, 0
     for name, section_shape, dtype, row_bytes in kinds:
         start = -(-end // _ALIGNMENT) * _ALIGNMENT
         sections[name] = _Section(start, section_shape, dtype, row_bytes)
         end = sections[name].end
     return sections
+
+
+def content_bytes(
+    layout: MemoryLayout, sequences: int, positions: int, *, rows: Sequence[float], requests: Sequence[float]
+) -> float:
+    """Bytes of a packed memory that are copied to a device, where so many rows of every kind are in use.
+
+    Args:
+        layout: what the micro-batch brings.
+        sequences: B.
+        positions: s.
+        rows: for each of the layout's grafts, rows in use; row 0 counts.
+        requests: for each exchange, rows that are asked for.
+    """
+    used = {f"rows.{number}": count for number, count in enumerate(rows)}
+    used |= {f"requests.{number}": count for number, count in enumerate(requests)}
+    sections = _sections(layout, sequences, positions)
+    fixed = max(place.end for place in sections.values() if not place.row_bytes)
+    return fixed + sum(count * sections[name].row_bytes for name, count in used.items())
 
 
 @dataclass(frozen=True)
@@ -91,8 +114,8 @@ class MicroBatchMemory:
         sequences: B.
         positions: s.
         packed: uint8 ``[bytes]``, the tensor that travels to the device.
-        exchange: int64 ``[E, 2, T]`` on the host: for each hashed table, how many rows this rank sends to each rank,
-            and how many it receives from each.
+        exchange: int64 ``[E, 2, T]`` on the host: for each exchange, how many rows this rank sends to each rank, and
+            how many it receives from each.
     """
 
     layout: MemoryLayout
@@ -108,7 +131,7 @@ class MicroBatchMemory:
         """A host-side memory with header written and row 0 zeroed; the other sections are for the caller to fill."""
         size = next(reversed(_sections(layout, sequences, positions).values())).end
         packed = torch.empty(size, dtype=torch.uint8, pin_memory=pin)
-        exchange = torch.zeros(len(layout.engrams), 2, layout.partition.size, dtype=torch.int64)
+        exchange = torch.zeros(len(layout.exchanged_rows), 2, layout.partition.size, dtype=torch.int64)
         memory = cls.unpack(layout, packed, exchange, sequences, positions)
         memory.header.zero_()
         memory.header[:4] = torch.tensor([MAGIC, sequence_number, sequences, positions])
@@ -129,7 +152,7 @@ class MicroBatchMemory:
         if packed.dtype != torch.uint8 or packed.numel() != size:
             raise ValueError(
                 f"packed memory has {packed.numel()} x {packed.dtype}, but {sequences} sequences of {positions} "
-                f"positions with {len(layout.grafts)} reads of banks and {len(layout.engrams)} of hashed tables need "
+                f"positions with {len(layout.grafts)} reads of banks and {len(layout.exchanged_rows)} of tables need "
                 f"{size} x torch.uint8"
             )
         return cls(layout, sequences, positions, packed, exchange)
@@ -154,7 +177,7 @@ class MicroBatchMemory:
         return self.section(f"order.{bank}")
 
     def inverse_BS(self, bank: int) -> torch.Tensor:
-        """int32 ``[B, s]``, index of each position's row among the gathered ones; 0 at a miss."""
+        """int32 ``[B, s]``, index of each position's row among the gathered or received ones, from 1; 0 at a miss."""
         return self.section(f"inverse.{bank}")
 
     def rows_PR(self, graft: int) -> torch.Tensor:
@@ -165,9 +188,9 @@ class MicroBatchMemory:
         """int32 ``[B, s, h]``, index of each head's row among the received ones, from 1; 0 reads nothing."""
         return self.section(f"reads.{engram}")
 
-    def requests(self, engram: int) -> torch.Tensor:
+    def requests(self, exchange: int) -> torch.Tensor:
         """int32 ``[n]``, rows of this rank's share that the ranks ask for, in the order of the ranks."""
-        return self.section(f"requests.{engram}")
+        return self.section(f"requests.{exchange}")
 
     def graft_rows_SBD(self, graft: int, dtype: torch.dtype) -> torch.Tensor:
         """The values of every position's row, ``[s, B, D]`` of ``dtype``; zeros at a miss. Never waits for a device."""

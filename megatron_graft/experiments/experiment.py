@@ -33,7 +33,7 @@ from megatron_graft.experiments.yaml_fields import YamlFields, read_yaml
 
 CORE, FURTHER, SWEEP, ROUND = "core", "further", "sweep", "round"
 GROUPS = (CORE, FURTHER, SWEEP, ROUND)  # in the order in which they are run
-STEPS_FLAG = "train-iters"
+STEPS_FLAG, ROWS_FLAG = "train-iters", "graft-rows"
 type Flags = Mapping[str, Any]
 
 
@@ -158,6 +158,12 @@ class Experiment:
         plan = self.banks[bank]
         return [*self.plans_of(plan.source), plan] if plan.source else [plan]
 
+    def reads_like(self, arm: Arm, other: str) -> bool:
+        """Whether an arm reads frozen rows of the same keys as another bank, so that it can read that one too."""
+        if arm.bank is None or arm.bank == other or ROWS_FLAG in arm.flags:
+            return False
+        return self.same_keys(arm.bank, other)
+
     def same_keys(self, bank: str, other: str) -> bool:
         """Whether two banks have the same keys: one is a control of the other, or both are of a third."""
         return self.plans_of(bank)[0] is self.plans_of(other)[0]
@@ -199,7 +205,7 @@ def _arm(name: str, fields: YamlFields, seeds: tuple[int, ...], recipient: Flags
         raise ConfigError(fields.place, f"has no number of steps: {STEPS_FLAG}", got=steps, expected="a whole number")
     arm = Arm(
         name=name,
-        label=fields.text("label", None) or ", ".join(" ".join(pair) for pair in sweeps.items()) or name,
+        label=fields.text("label", ", ".join(" ".join(pair) for pair in sweeps.items()) or name),
         group=fields.choice("group", GROUPS),
         sweeps=sweeps,
         against=fields.words("against"),

@@ -109,13 +109,14 @@ def _command(planned: PlannedRun, experiment: Experiment, places: Places) -> str
 def _parameters(run: Run) -> dict[str, int]:
     counted = run.evaluation["parameters"]
     tables = counted["tables"]
-    stored = sum(bank.identity.num_rows * bank.identity.row_dim for bank in run.banks)
+    frozen = run.memory is not None and not any("rows" in site for site in run.memory["sites"].values())
+    stored = sum(bank.identity.num_rows * bank.identity.row_dim for bank in run.banks) if frozen else 0
     return {
         "backbone": counted["total"] - counted["memory_sites"],
         "sites": counted["memory_sites"] - tables,
         "tables": tables,
         "trained": counted["total"],
-        "stored": run.bank_rows * run.banks[0].identity.row_dim if len(run.banks) == 1 else stored,
+        "stored": run.bank_rows * run.banks[0].identity.row_dim if stored and len(run.banks) == 1 else stored,
         "fetched_per_token": fetched_per_token(run.memory),
     }
 

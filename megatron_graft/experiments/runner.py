@@ -139,7 +139,7 @@ class Runner:
         plan, bank = self.experiment.evaluation, run.arm.bank
         if plan.classify_by and not bank:
             command += ["--classify-by", str(self.places.bank(plan.classify_by))]
-        if plan.other_bank and bank and bank != plan.other_bank and self.experiment.same_keys(bank, plan.other_bank):
+        if plan.other_bank and self.experiment.reads_like(run.arm, plan.other_bank):
             command += ["--other-bank", f"{plan.other_bank}={self.places.bank(plan.other_bank)}"]
         command += ["--memory-off", *plan.memory_off] if plan.memory_off else []
         self._call(run, "evaluation", command, directory, {"OMP_NUM_THREADS": str(self.resources.threads)})

@@ -8,12 +8,43 @@ and one part's values do not depend on whether the site has another.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 
+from megatron_graft.bank.reader import Bank
+from megatron_graft.bank.row_layout import Columns
+
+# Values of rows ``first`` to ``end`` of a table: float32 ``[end - first, D]``.
+type RowValues = Callable[[int, int], torch.Tensor]
+
+HASHED_TABLE, BANK_ROWS = "engram table", "graft table"
 _ROWS_PER_BLOCK = 1 << 12
+
+
+@dataclass(frozen=True)
+class BankValues:
+    """The values of a bank's rows as numbers: what a site's trained rows start as.
+
+    Attributes:
+        bank: the run's.
+        columns: (first, end) of those that the site reads.
+    """
+
+    bank: Bank
+    columns: Columns
+
+    def __call__(self, first: int, end: int) -> torch.Tensor:
+        """Rows ``first`` to ``end``, float32 ``[end - first, D]``; of int8 and float8 rows element times scale."""
+        out = torch.empty(end - first, self.columns[1] - self.columns[0])
+        for low in range(first, end, _ROWS_PER_BLOCK):  # so that no more than the result is held at once
+            high = min(end, low + _ROWS_PER_BLOCK)
+            values = self.bank.float_rows(np.arange(low, high, dtype=np.int64), self.columns)
+            out[low - first : high - first] = torch.from_numpy(values)
+        return out
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,8 +65,8 @@ class SiteSeed:
         """Normally distributed float32 numbers of mean 0 for one part (a name) of the site."""
         return torch.randn(*shape, generator=self._generator(part)) * self.std
 
-    def table_rows(self, first: int, end: int, width: int) -> torch.Tensor:
-        """Rows ``first`` to ``end`` of the site's table, float32 ``[end - first, width]``, normally distributed.
+    def table_rows(self, first: int, end: int, width: int, part: str = HASHED_TABLE) -> torch.Tensor:
+        """Rows ``first`` to ``end`` of a table of the site, float32 ``[end - first, width]``, normally distributed.
 
         Drawn in whole blocks, each from a generator of its own: a shorter draw would not be the beginning of a longer
         one. So a rank draws its share and at most the rest of two blocks.
@@ -44,7 +75,7 @@ class SiteSeed:
         for block in range(first // _ROWS_PER_BLOCK, -(-end // _ROWS_PER_BLOCK)):
             start = block * _ROWS_PER_BLOCK
             low, high = max(first, start), min(end, start + _ROWS_PER_BLOCK)
-            rows = self.normal(f"engram table {block}", _ROWS_PER_BLOCK, width)
+            rows = self.normal(f"{part} {block}", _ROWS_PER_BLOCK, width)
             out[low - first : high - first] = rows[low - start : high - start]
         return out
 

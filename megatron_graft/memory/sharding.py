@@ -45,7 +45,7 @@ def sharded_slice(
             key, f"has an unusable slice on tensor-parallel rank {get_pg_rank(tp_group)}",
             got=f"elements {first} to {first + length} of {total} along axis {axis}",
             expected="at least one element on each rank",
-            remedy="Use a smaller --tensor-model-parallel-size, or a larger table (--engram-vocab-size).",
+            remedy="Use a smaller --tensor-model-parallel-size, or more rows (--engram-vocab-size, --bank-rows).",
         )  # fmt: skip
     offset, shape = [0] * tensor.dim(), list(tensor.shape)
     offset[axis], shape[axis] = first, total

@@ -9,7 +9,8 @@ sections 2.3 and 2.4). For position t with hidden state h, bank row m (frozen, z
     h <- h + u + SiLU( CausalDepthwiseConv( RMSNorm(u) ) )
 
 A site reads a bank, a table, or both; with both, the table is read everywhere ("sum") or only where the bank has no
-match ("exclusive", as in Memory Grafting: there e is zero at a hit).
+match ("exclusive", as in Memory Grafting: there e is zero at a hit). Instead of the bank's frozen row m may be one that
+the site trains, found by the same match.
 
 Where nothing is read m and e are zero, and with no bias anywhere so are k, v and u: the site adds exactly nothing (the
 convolution may still carry what was read before in the same document). ``W_V``, ``W'_V`` and the convolution kernel
@@ -28,15 +29,17 @@ import torch.nn.functional as F
 from megatron.core.tensor_parallel.mappings import reduce_from_tensor_model_parallel_region
 from megatron.core.transformer.module import MegatronModule
 
+from megatron_graft.compat.parameter_groups import SITE_RATE, TABLE_ATTRIBUTE
 from megatron_graft.data.memory_layout import MemoryLayout, SiteReading
 from megatron_graft.data.microbatch import MicroBatchMemory
 from megatron_graft.memory.convolution import causal_depthwise_convolution
-from megatron_graft.memory.initialisation import SiteSeed, site_parameter
-from megatron_graft.memory.reader import EngramReader, GraftReader, RowReader
+from megatron_graft.memory.initialisation import RowValues, SiteSeed, site_parameter
+from megatron_graft.memory.reader import EngramReader, GraftReader, RowReader, TrainedRowsReader
 from megatron_graft.memory.sharding import sharded_whole
 from megatron_graft.memory.statistics import SiteStatistics
 
 Gate = Literal["plain", "signed-sqrt"]
+Rows = Literal["frozen", "trained", "fresh"]
 
 _SMALLEST_LOGIT = 1e-6  # below it the square root's slope would grow without bound; as in the published code
 
@@ -51,7 +54,8 @@ class SiteConfig:
         conv_kernel: number of convolution taps; 0 leaves the convolution out.
         conv_dilation: distance between taps, in positions.
         seed: seed of the sites' own random numbers.
-        init_std: standard deviation of tables and of W_K at the start.
+        init_std: standard deviation of what is drawn: tables and W_K.
+        row_values: what rows trained under a bank's keys start as; None to draw them.
     """
 
     reading: SiteReading
@@ -60,6 +64,16 @@ class SiteConfig:
     conv_dilation: int
     seed: int
     init_std: float
+    row_values: RowValues | None = None
+
+    @property
+    def rows(self) -> Rows | None:
+        """What the site reads under a bank's keys: the bank's frozen rows, trained ones that started from the bank's or
+        ones that started fresh; None if it reads no bank."""
+        graft = self.reading.graft
+        if graft is None or graft.trained_rows is None:
+            return None if graft is None else "frozen"
+        return "fresh" if self.row_values is None else "trained"
 
 
 class MemorySite(MegatronModule):  # type: ignore[misc]
@@ -82,9 +96,12 @@ class MemorySite(MegatronModule):  # type: ignore[misc]
         self.bypassed = False
         seed = SiteSeed(seed=site.seed, layer_number=self.layer_number, std=site.init_std)
         self._numbers = {"graft": layout.graft_of(site.reading), "engram": layout.engram_of(site.reading)}
-        partition = layout.partition
-        if site.reading.graft:
-            self.graft = GraftReader(config, site.reading.graft, partition, seed)
+        partition, trained = layout.partition, layout.trained_of(site.reading)
+        if site.reading.graft and trained is None:
+            self.graft: RowReader = GraftReader(config, site.reading.graft, partition, seed)
+        elif site.reading.graft:
+            self._numbers["graft"] = trained
+            self.graft = TrainedRowsReader(config, site.reading.graft, partition, seed, tp_group, site.row_values)
         if site.reading.engram:
             self.engram = EngramReader(config, site.reading.engram, partition, seed, tp_group)
         ones = torch.ones(config.hidden_size)
@@ -93,6 +110,9 @@ class MemorySite(MegatronModule):  # type: ignore[misc]
         if site.conv_kernel:
             self.conv_norm = site_parameter(config, ones)
             self.conv_kernel = site_parameter(config, torch.zeros(site.conv_kernel, config.hidden_size))
+        for parameter in self.parameters():
+            if not hasattr(parameter, TABLE_ATTRIBUTE):
+                setattr(parameter, SITE_RATE, True)
         self.statistics = SiteStatistics()
 
     def forward(self, hidden_SBH: torch.Tensor, packed: torch.Tensor, exchange: torch.Tensor) -> torch.Tensor:

@@ -8,7 +8,7 @@ from pathlib import Path
 from megatron_graft.errors import ConfigError
 from megatron_graft.ngram.hashing import DIALECTS
 from megatron_graft.training.parallelism import check_data_flags, check_site_flags
-from megatron_graft.training.settings import EngramSettings, GraftSettings, check_settings
+from megatron_graft.training.settings import DEFAULT_FACTORS, FROZEN, EngramSettings, GraftSettings, check_settings
 
 TABLES_PAGE = "docs/engram-tables.md"
 
@@ -16,6 +16,7 @@ TABLES_PAGE = "docs/engram-tables.md"
 def add_graft_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     """Add the ``--graft-*``, ``--bank-*`` and ``--engram-*`` flags to Megatron's parser."""
     _add_site_arguments(parser.add_argument_group("memory sites"))
+    _add_rate_arguments(parser.add_argument_group("training of memory sites"))
     _add_running_arguments(parser.add_argument_group("fetching of memory"))
     _add_bank_arguments(parser.add_argument_group("memory banks"))
     _add_engram_arguments(parser.add_argument_group("hashed n-gram tables (Engram)"))
@@ -61,6 +62,25 @@ def _add_site_arguments(group: argparse._ArgumentGroup) -> None:
         help="Let --load read a model trained without memory, or with another: what the run has and the checkpoint "
         "lacks starts fresh, what only the checkpoint has is left. Needs --finetune or --no-load-optim.",
     )  # fmt: skip
+
+
+def _add_rate_arguments(group: argparse._ArgumentGroup) -> None:
+    """Which rows are trained under a bank's keys, and how fast sites learn."""
+    group.add_argument(
+        "--graft-rows", choices=[FROZEN, "trained", "fresh"], default=FROZEN,
+        help="What sites read under a bank's keys: the bank's rows, which stay as they are (frozen); a trainable table "
+        "of their own that starts as the bank's rows (trained); the same table started at random with "
+        "--init-method-std (fresh). Default: frozen.",
+    )  # fmt: skip
+    factors = {
+        "--graft-rows-lr-mult": "Learning rate of rows that are trained, as a multiple of --lr.",
+        "--graft-rows-wd-mult": "Their weight decay, as a multiple of --weight-decay.",
+        "--graft-lr-mult": "Learning rate of the sites' projections, norms and convolutions, as a multiple of --lr.",
+    }
+    for flag, told in factors.items():
+        group.add_argument(
+            flag, type=float, default=DEFAULT_FACTORS[flag], help=f"{told} Default: {DEFAULT_FACTORS[flag]}."
+        )
 
 
 def _add_running_arguments(group: argparse._ArgumentGroup) -> None:
@@ -173,6 +193,10 @@ def graft_settings(args: argparse.Namespace) -> GraftSettings:
         layers=tuple(args.graft_layers),
         donor_layers=_donor_layers(args),
         engram=_engram_settings(args) if args.engram_layers else None,
+        rows=args.graft_rows,
+        rows_lr_mult=args.graft_rows_lr_mult,
+        rows_wd_mult=args.graft_rows_wd_mult,
+        lr_mult=args.graft_lr_mult,
         combine=args.graft_combine,
         gate=args.graft_gate,
         conv_kernel=args.graft_conv_kernel,

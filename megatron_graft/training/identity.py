@@ -14,6 +14,7 @@ from megatron.training.checkpointing import get_checkpoint_name, get_checkpoint_
 from megatron_graft.errors import IdentityError
 from megatron_graft.memory.site import SiteConfig
 from megatron_graft.training.memory_setup import RunEngram, RunMemory
+from megatron_graft.training.settings import FROZEN
 
 ARGUMENT = "graft_identity"
 
@@ -33,6 +34,8 @@ def memory_identity(memory: RunMemory | None) -> dict[str, Any] | None:
 def _site_identity(site: SiteConfig) -> dict[str, Any]:
     graft, engram = site.reading.graft, site.reading.engram
     both = graft is not None and engram is not None
+    # Named only where rows are trained: checkpoints from before there was a choice are of frozen ones.
+    rows = {"rows": site.rows} if site.rows not in (None, FROZEN) else {}
     return {
         "bank": graft and graft.bank,
         "columns": graft and list(graft.columns),
@@ -41,6 +44,7 @@ def _site_identity(site: SiteConfig) -> dict[str, Any]:
         "gate": site.gate,
         "conv_kernel": site.conv_kernel,
         "conv_dilation": site.conv_dilation,
+        **rows,
     }
 
 

@@ -15,6 +15,7 @@ from megatron_graft.errors import ConfigError
 from megatron_graft.log import get_logger
 from megatron_graft.lookup.hashing import NgramHasher, open_hasher
 from megatron_graft.lookup.index import SuffixIndex, open_index
+from megatron_graft.memory.initialisation import BankValues
 from megatron_graft.memory.site import SiteConfig
 from megatron_graft.ngram.hashing import DIALECTS, EngramConfig, LayerHash, layer_hashes
 from megatron_graft.training.bank_setup import check_tokenizer, checked_banks, open_run_bank, run_tokenizer
@@ -120,14 +121,33 @@ def open_run_memory(settings: GraftSettings, args: argparse.Namespace) -> RunMem
     # What does not fit the run has been refused: only now may there be much to copy and read.
     banks = tuple(open_run_bank(bank.path, settings) for bank in checked)
     indexes = tuple(_open_run_index(bank, settings) for bank in banks)
+    if settings.rows == "trained":
+        sites = {layer: _starting_from_the_bank(site, banks) for layer, site in sites.items()}
     for bank in banks:
         get_logger().info(
             "bank %s: %s rows x %d, identity %s", bank.path, f"{bank.num_rows:,}", bank.row_dim, bank.digest
         )
+    if settings.trains_rows:
+        _log_trained_rows(sites)
     return RunMemory(
         banks=banks, indexes=indexes, engram=engram, sites=sites, tokenizer=tokenizer, lookup=settings.lookup,
         threads=settings.bank_lookup_threads,
     )  # fmt: skip
+
+
+def _starting_from_the_bank(site: SiteConfig, banks: tuple[Bank, ...]) -> SiteConfig:
+    graft = site.reading.graft
+    return dataclasses.replace(site, row_values=BankValues(banks[graft.bank], graft.columns)) if graft else site
+
+
+def _log_trained_rows(sites: dict[int, SiteConfig]) -> None:
+    for layer, site in sorted(sites.items()):
+        graft = site.reading.graft
+        if graft is not None and graft.trained_rows is not None:
+            get_logger().info(
+                "layer %d: %s %s rows x %d = %s trained parameters", layer, f"{graft.trained_rows:,}", site.rows,
+                graft.width, f"{graft.trained_rows * graft.width:,}",
+            )  # fmt: skip
 
 
 def _open_run_index(bank: Bank, settings: GraftSettings) -> SuffixIndex:
@@ -173,6 +193,8 @@ def _readings(settings: GraftSettings, banks: tuple[Bank, ...], engram: RunEngra
         layer: _graft_reading(settings.bank_of_site(site), banks, settings.donor_layers[site])
         for site, layer in enumerate(settings.layers)
     }
+    if settings.trains_rows:
+        grafts = {layer: _trained(graft, banks, settings) for layer, graft in grafts.items()}
     tables = _table_readings(engram) if engram else {}
     return [
         SiteReading(
@@ -216,6 +238,10 @@ def _graft_reading(number: int, banks: tuple[Bank, ...], donor_layers: tuple[int
     )
 
 
+def _trained(graft: GraftReading, banks: tuple[Bank, ...], settings: GraftSettings) -> GraftReading:
+    return dataclasses.replace(graft, trained_rows=settings.bank_rows or banks[graft.bank].num_rows)
+
+
 def _site_config(reading: SiteReading, settings: GraftSettings, args: argparse.Namespace) -> SiteConfig:
     return SiteConfig(
         reading=reading,
@@ -242,6 +268,8 @@ def _check_shares(sites: dict[int, SiteConfig], args: argparse.Namespace) -> Non
     for layer, site in sorted(sites.items()):
         graft, engram = site.reading.graft, site.reading.engram
         shared = {f"rows of layer {layer}'s table": engram.num_rows} if engram else {}
+        if graft and graft.trained_rows is not None:
+            shared[f"trained rows of layer {layer}"] = graft.trained_rows
         if not args.sequence_parallel:
             shared |= {f"columns that layer {layer} reads of its bank": graft.width} if graft else {}
             shared |= {f"heads of layer {layer}'s table": engram.num_heads} if engram else {}

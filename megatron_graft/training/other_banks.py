@@ -27,7 +27,8 @@ def other_memories(
         settings: the run's.
 
     Raises:
-        ConfigError: the run has several banks or none, or a bank has fewer rows than the run's ``--bank-rows``.
+        ConfigError: the run has several banks or none, or trains its own rows, or a bank has fewer rows than the run's
+            ``--bank-rows``.
         IdentityError: a bank was made for another tokenizer, or its rows are laid out otherwise.
         BankError: a bank cannot be used.
         StorageError: a bank cannot be copied to the node.
@@ -39,6 +40,11 @@ def other_memories(
         raise ConfigError(
             "--other-bank", "takes the place of the one bank of a run", got=f"a run with {number or 'no'} banks",
             expected="a run with one bank", remedy="Leave it out for this run.",
+        )  # fmt: skip
+    if settings.trains_rows:
+        raise ConfigError(
+            "--other-bank", "has no rows to read in a run that trains its own", got=f"--graft-rows {settings.rows}",
+            remedy="Leave it out for this run.",
         )  # fmt: skip
     return {name: _with_bank(path, memory, settings) for name, path in banks.items()}
 

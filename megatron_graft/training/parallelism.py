@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from megatron_graft.errors import ConfigError
+from megatron_graft.training.settings import FROZEN
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,8 +75,8 @@ SERVED = (
     Served(
         dimension="tensor parallel with sequence parallel", flags="--tensor-model-parallel-size --sequence-parallel",
         how="a rank fetches and computes its own S/TP positions; projections are replicated and their gradients summed "
-        "by Megatron's tag; the convolution's halo comes from the left neighbour; table rows are split over the ranks "
-        "and exchanged", layouts=("TP=2, sequence parallel", "TP=2, sequence parallel, EP=2"),
+        "by Megatron's tag; the convolution's halo comes from the left neighbour; rows of tables and trained rows are "
+        "split over the ranks and exchanged", layouts=("TP=2, sequence parallel", "TP=2, sequence parallel, EP=2"),
     ),
     Served(
         dimension="tensor parallel without sequence parallel (dense models)", flags="--tensor-model-parallel-size",
@@ -155,20 +156,32 @@ REFUSED = (
     ),
 )  # fmt: skip
 
-REFUSED_WITH_TABLES = (
+# Where a memory's parameters have rates of their own: hashed tables, trained rows, sites with a --graft-lr-mult.
+REFUSED_WITH_OWN_RATES = (
     Refused(
-        dimension="optimizers but Adam, with tables", flag="--optimizer", applies=lambda args: args.optimizer != "adam",
-        why="trainable tables have Adam's learning rate and decay of their own",
-        remedy="Use --optimizer adam, or train without --engram-layers.",
+        dimension="optimizers but Adam, with tables, trained rows or --graft-lr-mult", flag="--optimizer",
+        applies=lambda args: args.optimizer != "adam",
+        why="the memory's parameters have Adam's learning rate and decay of their own",
+        remedy="Use --optimizer adam, or train without --engram-layers, --graft-rows and --graft-lr-mult.",
     ),
     Refused(
-        dimension="maximal update parametrisation, with tables", flag="--use-mup",
-        applies=lambda args: getattr(args, "use_mup", False), why="it would set the tables' learning rate as well",
+        dimension="maximal update parametrisation, with tables, trained rows or --graft-lr-mult", flag="--use-mup",
+        applies=lambda args: getattr(args, "use_mup", False), why="it would set the memory's learning rates as well",
     ),
     Refused(
-        dimension="optimizer offload to the CPU, with tables", flag="--optimizer-cpu-offload",
-        applies=lambda args: getattr(args, "optimizer_cpu_offload", False),
-        why="the tables' own learning rate is not tested with it",
+        dimension="optimizer offload to the CPU, with tables, trained rows or --graft-lr-mult",
+        flag="--optimizer-cpu-offload", applies=lambda args: getattr(args, "optimizer_cpu_offload", False),
+        why="the memory's own learning rates are not tested with it",
+    ),
+)  # fmt: skip
+
+REFUSED_WITH_TRAINED_ROWS = (
+    Refused(
+        dimension="tensor parallel without sequence parallel, with trained rows", flag="--graft-rows",
+        applies=lambda args: args.tensor_model_parallel_size > 1 and not args.sequence_parallel,
+        why="without sequence parallelism a rank reads a slice of every row's columns, and trained rows are exchanged "
+        "whole",
+        remedy="Add --sequence-parallel, or use --graft-rows frozen.",
     ),
 )  # fmt: skip
 
@@ -211,6 +224,9 @@ REFUSED_DATA = (
 )  # fmt: skip
 
 
+ALL_REFUSED = (*REFUSED, *REFUSED_WITH_OWN_RATES, *REFUSED_WITH_TRAINED_ROWS, *REFUSED_DATA)
+
+
 def check_data_flags(args: argparse.Namespace) -> None:
     """Refuse what our data iterator cannot serve. Raises ``ConfigError``."""
     for refused in REFUSED_DATA:
@@ -219,7 +235,13 @@ def check_data_flags(args: argparse.Namespace) -> None:
 
 def check_site_flags(args: argparse.Namespace) -> None:
     """Refuse what memory sites cannot serve; the stock model of the same flags runs. Raises ``ConfigError``."""
-    for refused in (*REFUSED, *(REFUSED_WITH_TABLES if args.engram_layers else ())):
+    trained = args.graft_rows != FROZEN
+    own_rates = args.engram_layers or trained or args.graft_lr_mult != 1
+    for refused in (
+        *REFUSED,
+        *(REFUSED_WITH_OWN_RATES if own_rates else ()),
+        *(REFUSED_WITH_TRAINED_ROWS if trained else ()),
+    ):
         refused.check(args)
 
 
@@ -228,9 +250,7 @@ def page() -> str:
     served = [
         f"| {row.dimension} | {_code(row.flags)} | {row.how} | {', '.join(map(_code, row.layouts))} |" for row in SERVED
     ]
-    refused = [
-        f"| {row.dimension} | `{row.flag}` | {row.why} |" for row in (*REFUSED, *REFUSED_WITH_TABLES, *REFUSED_DATA)
-    ]
+    refused = [f"| {row.dimension} | `{row.flag}` | {row.why} |" for row in ALL_REFUSED]
     return _PAGE.format(served="\n".join(served), refused="\n".join(refused))
 
 

@@ -23,7 +23,7 @@ from megatron.training.arguments import parse_and_validate_args
 from megatron_graft.compat.megatron import require_megatron, use_shipped_dataset_helpers
 from megatron_graft.compat.optimizer_restart import mend_optimizer_restart
 from megatron_graft.compat.optional import describe_optional_packages
-from megatron_graft.compat.parameter_groups import use_table_overrides
+from megatron_graft.compat.parameter_groups import use_multipliers
 from megatron_graft.compat.rebind import rebind
 from megatron_graft.data.look_ahead import LookAhead
 from megatron_graft.data.memory_layout import MemoryLayout
@@ -64,8 +64,7 @@ def parse_arguments() -> tuple[argparse.Namespace, GraftSettings, RunMemory | No
         extra_args_provider=add_graft_arguments, args_defaults={"dataloader_type": "external"}
     )
     settings = graft_settings(args)
-    if settings.engram is not None:
-        use_table_overrides(settings.engram.lr_mult, settings.engram.wd_mult)
+    use_multipliers(settings.multipliers)
     memory = open_run_memory(settings, args)
     identity = memory_identity(memory)
     check_checkpoint_identity(args, identity)

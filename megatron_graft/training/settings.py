@@ -5,7 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from megatron_graft.compat.parameter_groups import ROWS_RATE, SITE_RATE, TABLE_RATE, Multipliers
 from megatron_graft.errors import ConfigError
+
+FROZEN = "frozen"
+DEFAULT_FACTORS = {"--graft-rows-lr-mult": 1.0, "--graft-rows-wd-mult": 0.0, "--graft-lr-mult": 1.0}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,6 +54,11 @@ class GraftSettings:
         layers: global, 1-based numbers of the layers whose site reads a bank, in the order given.
         donor_layers: for each of them the donor layers that it reads, or None for all of its bank.
         engram: the hashed tables, or None.
+        rows: what sites read under a bank's keys: ``"frozen"``, the bank's rows; ``"trained"``, rows of their own that
+            start as the bank's and are trained; ``"fresh"``, the same but started at random.
+        rows_lr_mult: learning rate of trained rows, as a multiple of the run's.
+        rows_wd_mult: their weight decay, as a multiple of the run's.
+        lr_mult: learning rate of the sites' other parameters but tables, as a multiple of the run's.
         combine: ``"exclusive"`` or ``"sum"``, where a site reads a bank and a table.
         gate: ``"plain"`` or ``"signed-sqrt"``.
         conv_kernel: convolution taps per site; 0 leaves it out.
@@ -71,6 +80,10 @@ class GraftSettings:
     layers: tuple[int, ...]
     donor_layers: tuple[tuple[int, ...] | None, ...]
     engram: EngramSettings | None
+    rows: str
+    rows_lr_mult: float
+    rows_wd_mult: float
+    lr_mult: float
     combine: str
     gate: str
     conv_kernel: int
@@ -91,6 +104,23 @@ class GraftSettings:
     def has_sites(self) -> bool:
         """Whether the run has a memory at all."""
         return bool(self.banks) or self.engram is not None
+
+    @property
+    def trains_rows(self) -> bool:
+        """Whether sites train rows under a bank's keys."""
+        return self.rows != FROZEN
+
+    @property
+    def multipliers(self) -> dict[str, Multipliers]:
+        """Learning rates and weight decay that differ from the run's, by the attribute of their parameters."""
+        found = {}
+        if self.engram is not None:
+            found[TABLE_RATE] = Multipliers(lr=self.engram.lr_mult, wd=self.engram.wd_mult)
+        if self.trains_rows:
+            found[ROWS_RATE] = Multipliers(lr=self.rows_lr_mult, wd=self.rows_wd_mult)
+        if self.lr_mult != DEFAULT_FACTORS["--graft-lr-mult"]:
+            found[SITE_RATE] = Multipliers(lr=self.lr_mult)
+        return found
 
     def bank_of_site(self, site: int) -> int:
         """Number of the bank that the site of ``layers[site]`` reads."""
@@ -115,6 +145,7 @@ def check_settings(settings: GraftSettings, num_layers: int) -> None:
     if settings.engram is not None:
         _check_layers("--engram-layers", settings.engram.layers, num_layers, "for hashed tables")
         _check_engram(settings.engram)
+    _check_rates(settings)
     _check_numbers(settings)
 
 
@@ -123,6 +154,7 @@ def _refuse_bank_flags(settings: GraftSettings) -> None:
     given = {
         "--graft-layers": list(settings.layers) or None,
         "--graft-donor-layers": list(settings.donor_layers) or None,
+        "--graft-rows": settings.rows if settings.trains_rows else None,
         "--bank-rows": settings.bank_rows,
         "--bank-node-copy": settings.bank_node_copy,
         "--bank-huge-pages": settings.bank_huge_pages or None,
@@ -171,7 +203,28 @@ def _check_engram(engram: EngramSettings) -> None:
             "--engram-layer-ids", "gives two layers one id, or a negative one", got=list(engram.layer_ids),
             expected="distinct numbers from 0 on",
         )  # fmt: skip
-    for flag, value in (("--engram-lr-mult", engram.lr_mult), ("--engram-wd-mult", engram.wd_mult)):
+    _check_factors({"--engram-lr-mult": engram.lr_mult, "--engram-wd-mult": engram.wd_mult})
+
+
+def _check_rates(settings: GraftSettings) -> None:
+    """Factors of learning rates and weight decay; refuse those that would be of no effect."""
+    of_rows = {"--graft-rows-lr-mult": settings.rows_lr_mult, "--graft-rows-wd-mult": settings.rows_wd_mult}
+    _check_factors({**of_rows, "--graft-lr-mult": settings.lr_mult})
+    for flag, value in of_rows.items():
+        if not settings.trains_rows and value != DEFAULT_FACTORS[flag]:
+            raise ConfigError(
+                flag, "was given without rows that are trained", got=value,
+                remedy=f"Add --graft-rows trained or fresh, or drop {flag}.",
+            )  # fmt: skip
+    if not settings.has_sites and settings.lr_mult != DEFAULT_FACTORS["--graft-lr-mult"]:
+        raise ConfigError(
+            "--graft-lr-mult", "was given without a memory", got=settings.lr_mult,
+            remedy="Add --graft-bank DIR or --engram-layers N, or drop it.",
+        )  # fmt: skip
+
+
+def _check_factors(factors: dict[str, float]) -> None:
+    for flag, value in factors.items():
         if not 0 <= value < float("inf"):
             raise ConfigError(flag, "is not a usable factor", got=value, expected="a finite number of at least 0")
 

@@ -51,9 +51,10 @@ class Verifier:
         for number, graft in enumerate(layout.grafts):
             rows = (_rows_by_position(memory, number, graft.bank) for memory in (got, wanted))
             comparison.arrays("byte of the bank's row", *rows)
-        for number in range(len(layout.engrams)):
+        for number in range(len(layout.exchanged_rows)):
             comparison.sizes(got.exchange[number], wanted.exchange[number])
             comparison.requests(number, got, wanted)
+        for number in range(len(layout.engrams)):
             comparison.arrays("place of a hashed row", got.reads_BSh(number), wanted.reads_BSh(number))
 
 
@@ -83,7 +84,7 @@ class _Comparison:
                     self._fail(f"number of rows {direction} rank {rank}", None, *sizes)
 
     def requests(self, number: int, got: MicroBatchMemory, wanted: MicroBatchMemory) -> None:
-        """Hash ids travel as requests for rows of this rank's share, by asking rank; their number is the same here."""
+        """Row ids travel as requests for rows of this rank's share, by asking rank; their number is the same here."""
         in_use = wanted.used(f"requests.{number}")
         found, right = (memory.requests(number)[:in_use].numpy() for memory in (got, wanted))
         if np.array_equal(found, right):
@@ -91,22 +92,32 @@ class _Comparison:
         request = int(np.flatnonzero(found != right)[0])
         asker = int(np.searchsorted(np.cumsum(wanted.exchange[number, 0].numpy()), request, side="right"))
         layout = self.verifier.reference.layout
-        first, _ = layout.partition.table_rows(layout.engrams[number].reading.num_rows)
+        first, _ = layout.partition.table_rows(layout.exchanged_rows[number])
         row, wrong = first + int(right[request]), first + int(found[request])
-        self._fail("hash id", self._first_reader(number, row, asker), wrong, row)
+        what = "hash id" if number < len(layout.engrams) else "number of a trained row"
+        self._fail(what, self._first_reader(number, row, asker), wrong, row)
 
     def _first_reader(self, number: int, row: int, asker: int) -> tuple[int, int]:
         """The first (sequence, position of the whole sequence) at which a rank reads a row of a table."""
+        partition, rows_BSK = self.verifier.reference.layout.partition, self._rows(number)
+        positions = partition.positions(rows_BSK.shape[1], asker)
+        heads = slice(*partition.heads(rows_BSK.shape[2], asker))
+        sequence, position, _ = np.argwhere(rows_BSK[:, positions, heads] == row)[0].tolist()
+        return sequence, positions.start + position
+
+    def _rows(self, number: int) -> np.ndarray:
+        """int64 ``[B, S, K]``, the rows of a table that whole sequences read, -1 where nothing is read."""
         sources, layout = self.verifier.reference.sources, self.verifier.reference.layout
-        engram, tokens = layout.engrams[number], np.ascontiguousarray(self.tokens_BS.numpy())
+        tokens = np.ascontiguousarray(self.tokens_BS.numpy())
+        if number >= len(layout.engrams):
+            bank = layout.trained[number - len(layout.engrams)].bank
+            return sources.banks[bank][1].lookup(tokens, eod=sources.eod)[0][..., np.newaxis]
+        engram = layout.engrams[number]
         rows_BSK = sources.hashers[engram.layer_number].rows(tokens)
         if engram.skip_hits_of is not None:
             _, orders_BS = sources.banks[engram.skip_hits_of][1].lookup(tokens, eod=sources.eod)
             rows_BSK[orders_BS > 0] = -1
-        positions = layout.partition.positions(tokens.shape[1], asker)
-        heads = slice(*layout.partition.heads(engram.reading.num_heads, asker))
-        sequence, position, _ = np.argwhere(rows_BSK[:, positions, heads] == row)[0].tolist()
-        return sequence, positions.start + position
+        return rows_BSK
 
     def _fail(self, what: str, place: tuple[int, int] | None, got: Any, wanted: Any) -> None:
         where = "the whole micro-batch"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +53,10 @@ def test_a_file_says_all_there_is(tmp_path: Path) -> None:
     assert experiment.hypotheses[0].better == "graft"
     assert [plan.name for plan in experiment.plans_of("shuffled")] == ["real", "shuffled"]
     assert experiment.same_keys("real", "shuffled") and not experiment.same_keys("other", "shuffled")
+    assert experiment.reads_like(graft, "shuffled")
+    assert not experiment.reads_like(graft, "real") and not experiment.reads_like(experiment.arms["none"], "real")
+    trained = replace(graft, flags={**graft.flags, "graft-rows": "trained"})
+    assert not experiment.reads_like(trained, "shuffled")
 
 
 def test_core_runs_come_first_and_every_arm_before_a_second_seed(tmp_path: Path) -> None:

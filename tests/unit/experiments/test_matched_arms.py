@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,9 @@ import pytest
 
 from megatron_graft.experiments.cost import backbone_flops, fetched_per_token, site_flops
 from megatron_graft.experiments.experiment import Experiment, load_experiment
+from megatron_graft.experiments.runs import flag_list
 from megatron_graft.ngram.hashing import DIALECTS, EngramConfig, layer_hashes
+from megatron_graft.training.arguments import add_graft_arguments
 
 YAML = Path(__file__).resolve().parents[3] / "examples" / "arms" / "matched_arms.yaml"
 BANK_WIDTH, VOCAB_SIZE = 576, 8192
@@ -77,6 +80,21 @@ def test_seeds_and_bank_of_the_core_are_the_same(experiment: Experiment) -> None
     assert len(core) == 7
     assert {arm.seeds for arm in core} == {(1, 2, 3)}
     assert all(experiment.same_keys(arm.bank, "real") for arm in core if arm.bank)
+
+
+def test_flags_of_memory_are_ones_that_there_are(experiment: Experiment) -> None:
+    parser = add_graft_arguments(argparse.ArgumentParser(allow_abbrev=False))
+    for arm in experiment.arms.values():
+        ours = {name: value for name, value in arm.flags.items() if name.startswith(("graft", "engram", "bank"))}
+        _, unknown = parser.parse_known_args(flag_list(ours))
+        assert not unknown, arm.name
+
+
+def test_arms_of_other_steps_are_shown_against_arms_of_their_steps(experiment: Experiment) -> None:
+    for arm in experiment.arms.values():
+        for other in arm.against.values():
+            assert experiment.arms[other].steps == arm.steps
+        assert arm.group != "sweep" or set(arm.against) == {"none", "engram"}
 
 
 def test_every_hypothesis_is_about_core_arms(experiment: Experiment) -> None:

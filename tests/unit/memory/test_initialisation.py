@@ -154,11 +154,13 @@ def test_the_gradient_of_a_slice_is_not_summed_over_the_ranks_that_hold_others()
     assert tags(split) == (False, True, 1)
 
 
-def test_the_table_alone_has_the_learning_rate_of_tables(both: SiteReading) -> None:
-    from megatron_graft.compat.parameter_groups import TABLE_ATTRIBUTE
+def test_the_table_alone_has_the_learning_rate_of_tables_and_all_else_that_of_sites(both: SiteReading) -> None:
+    from megatron_graft.compat.parameter_groups import SITE_RATE, TABLE_ATTRIBUTE, TABLE_RATE
 
-    tagged = {name for name, parameter in small_site(both).named_parameters() if hasattr(parameter, TABLE_ATTRIBUTE)}
-    assert tagged == {"engram.table"}
+    parameters = dict(small_site(both).named_parameters())
+    for attribute in (TABLE_ATTRIBUTE, TABLE_RATE):
+        assert {name for name, value in parameters.items() if hasattr(value, attribute)} == {"engram.table"}
+    assert {name for name, value in parameters.items() if not hasattr(value, SITE_RATE)} == {"engram.table"}
 
 
 def test_a_parameter_is_a_copy_of_the_models_dtype() -> None:

@@ -15,6 +15,7 @@ FLAGS = {
     "--graft-bank", "--graft-layers", "--graft-donor-layers", "--graft-combine", "--graft-gate",
     "--graft-conv-kernel", "--graft-conv-dilation", "--graft-adopt-checkpoint", "--graft-lookup",
     "--graft-look-ahead", "--graft-verify", "--graft-run-dir", "--graft-allow-raw-bank", "--graft-verify-bank",
+    "--graft-rows", "--graft-rows-lr-mult", "--graft-rows-wd-mult", "--graft-lr-mult",
     "--bank-rows", "--bank-node-copy", "--bank-lookup-threads", "--bank-huge-pages",
     "--engram-layers", "--engram-layer-ids", "--engram-dialect", "--engram-max-order", "--engram-heads",
     "--engram-vocab-size", "--engram-dim", "--engram-seed", "--engram-pad-id", "--engram-across-documents",
@@ -77,6 +78,8 @@ def test_settings_of_a_run_with_a_bank() -> None:
     assert settings.banks == (Path("bank"),)
     assert settings.layers == (3, 2)
     assert settings.donor_layers == (None, None)
+    assert (settings.rows, settings.trains_rows) == ("frozen", False)
+    assert (settings.rows_lr_mult, settings.rows_wd_mult, settings.lr_mult) == (1, 0, 1)
     assert (settings.combine, settings.gate) == ("exclusive", "plain")
     assert (settings.conv_kernel, settings.conv_dilation) == (4, None)
     assert (settings.bank_rows, settings.bank_node_copy) == (None, None)
@@ -99,6 +102,13 @@ def test_settings_of_what_sites_are_and_how_they_are_checked() -> None:
     assert (settings.combine, settings.gate) == ("sum", "signed-sqrt")
     assert (settings.conv_kernel, settings.conv_dilation, settings.verify_every) == (0, 2, 7)
     assert settings.run_dir == Path("runs/x")
+
+
+@pytest.mark.parametrize("rows", ["trained", "fresh"])
+def test_settings_of_rows_that_are_trained(rows: str) -> None:
+    settings = settings_of(*WITH_BANK, "--graft-rows", rows, "--graft-rows-lr-mult", "5", "--graft-rows-wd-mult", "0.5")
+    assert (settings.rows, settings.trains_rows) == (rows, True)
+    assert (settings.rows_lr_mult, settings.rows_wd_mult) == (5, 0.5)
 
 
 def test_one_bank_serves_all_layers_and_several_one_each_in_the_order_given() -> None:
@@ -181,6 +191,16 @@ def test_a_run_may_have_banks_and_tables_in_the_same_layers_or_in_others() -> No
         (["--bank-node-copy", "local"], r"--bank-node-copy: was given without a bank \(got local\)"),
         (["--bank-huge-pages"], r"--bank-huge-pages: was given without a bank"),
         ([*WITH_BANK, "--graft-adopt-checkpoint"], r"--graft-adopt-checkpoint: cannot take .*--finetune"),
+        (["--graft-rows", "fresh"], r"--graft-rows: was given without a bank \(got fresh\). Add --graft-bank"),
+        ([*WITH_TABLES, "--graft-rows", "trained"], r"--graft-rows: was given without a bank"),
+        ([*WITH_BANK, "--graft-rows-lr-mult", "2"], r"--graft-rows-lr-mult: was given without rows .*got 2.*fresh, or"),
+        ([*WITH_BANK, "--graft-rows-wd-mult", "1"], r"--graft-rows-wd-mult: was given without rows that are trained"),
+        (["--graft-lr-mult", "2"], r"--graft-lr-mult: was given without a memory \(got 2"),
+        ([*WITH_BANK, "--graft-lr-mult", "-1"], r"--graft-lr-mult: is not a usable factor \(got -1"),
+        (
+            [*WITH_BANK, "--graft-rows", "fresh", "--graft-rows-lr-mult", "inf"],
+            r"--graft-rows-lr-mult: is not a usable factor \(got inf",
+        ),
         (["--engram-layers", "5"], r"--engram-layers: .*got \[5\]; expected .*--num-layers 4"),
         (["--engram-layers", "0"], r"--engram-layers: .*got \[0\]"),
         (["--engram-layers", "2", "2"], r"--engram-layers: .*one twice"),
@@ -210,7 +230,7 @@ def test_a_bad_value_is_refused_with_flag_and_expectation(argv: list[str], messa
 @pytest.mark.parametrize(
     "argv",
     [
-        ["--graft-combine", "both"], ["--graft-gate", "sqrt"], ["--graft-lookup", "fast"],
+        ["--graft-rows", "melted"], ["--graft-combine", "both"], ["--graft-gate", "sqrt"], ["--graft-lookup", "fast"],
         ["--graft-verify-bank", "deep"], ["--engram-dialect", "none"], ["--engram-shard-over", "pipeline"],
         ["--engram-update", "none"], ["--graft-layers", "two"], ["--engram-layers"], ["--engram-lr-mult", "x"],
         ["--graft-verify"],
@@ -229,9 +249,11 @@ def test_adopting_needs_a_fresh_optimizer() -> None:
 
 def test_settings_say_all_that_the_flags_do() -> None:
     """Each flag changes the settings, so none can be read and forgotten."""
-    base = [*WITH_BANK, *WITH_TABLES]
+    base = [*WITH_BANK, *WITH_TABLES, "--graft-rows", "fresh"]
     samples = {
-        "--graft-bank": ["other"], "--graft-layers": ["1"], "--graft-donor-layers": ["8"], "--graft-combine": ["sum"],
+        "--graft-rows": ["trained"], "--graft-rows-lr-mult": ["3"], "--graft-rows-wd-mult": ["1"],
+        "--graft-lr-mult": ["2"], "--graft-bank": ["other"],
+        "--graft-layers": ["1"], "--graft-donor-layers": ["8"], "--graft-combine": ["sum"],
         "--graft-gate": ["signed-sqrt"], "--graft-conv-kernel": ["3"], "--graft-conv-dilation": ["2"],
         "--graft-adopt-checkpoint": [], "--graft-lookup": ["native"], "--graft-look-ahead": ["3"],
         "--graft-verify": ["5"], "--graft-run-dir": ["dir"], "--graft-allow-raw-bank": [],

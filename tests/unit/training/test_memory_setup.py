@@ -210,6 +210,35 @@ def test_donor_layers_that_do_not_stand_side_by_side_are_refused(
         run_memory(deep_bank, tokenizer_file, "--graft-donor-layers", donor_layers)
 
 
+@pytest.mark.parametrize(("flags", "rows"), [([], 4), (["--bank-rows", 3], 3)])
+def test_each_site_trains_a_row_for_every_key_of_its_bank(
+    bank_path: Path, tokenizer_file: Path, flags: list[Any], rows: int
+) -> None:
+    for start in ("trained", "fresh"):
+        memory = run_memory(bank_path, tokenizer_file, *flags, "--graft-layers", 1, 3, "--graft-rows", start)
+        assert [graft_of(memory, layer).trained_rows for layer in memory.layers] == [rows, rows]
+        assert {site.rows for site in memory.sites.values()} == {start}
+        assert layout_of(memory).exchanged_rows == (rows,)
+    frozen = run_memory(bank_path, tokenizer_file, *flags)
+    assert (graft_of(frozen, 2).trained_rows, frozen.sites[2].rows) == (None, "frozen")
+
+
+def test_trained_rows_start_as_the_columns_that_the_site_reads_of_the_bank_that_is_used(
+    bank_path: Path, deep_bank: Path, tokenizer_file: Path, tmp_path: Path
+) -> None:
+    flags = ["--graft-bank", deep_bank, bank_path, "--graft-layers", 4, 1, "--graft-donor-layers", "8,24", "12"]
+    flags += ["--bank-rows", 3, "--bank-node-copy", tmp_path / "node", "--graft-rows", "trained"]
+    memory = run_memory(bank_path, tokenizer_file, *flags)
+    for layer, path, columns in ((4, deep_bank, (5, 15)), (1, bank_path, (0, 4))):
+        values = memory.sites[layer].row_values
+        assert values is not None
+        expected = open_bank(path).float_rows(np.arange(3), columns)
+        assert np.array_equal(values(0, 3).numpy(), expected, equal_nan=True)  # rows of any bits
+    assert all(bank.path.parent == tmp_path / "node" for bank in memory.banks)
+    fresh = run_memory(bank_path, tokenizer_file, *flags[:-1], "fresh")
+    assert [site.row_values for site in fresh.sites.values()] == [None, None]
+
+
 def test_tables_are_made_from_the_tokenizer_and_the_flags(tokenizer_file: Path) -> None:
     memory = open_memory(tokenizer_file, *TABLES, "--engram-layer-ids", 9, 5, "--engram-seed", 3)
     assert memory is not None and memory.engram is not None
@@ -265,12 +294,13 @@ def test_a_sequence_shorter_than_a_hashed_ngram_is_refused(tokenizer_file: Path,
         (5, False, [], r"of the 4 columns that layer 2 reads of its bank \(got 5; expected at most 4\)"),
         (5, False, TABLES, r"of the 4 heads of layer 2's table \(got 5; expected at most 4\)"),
         (61, True, TABLES, r"of the 60 rows of layer 2's table \(got 61; expected at most 60\)"),
+        (5, True, ["--graft-rows", "fresh"], r"of the 4 trained rows of layer 2 \(got 5; expected at most 4\)"),
     ],
 )
 def test_more_tensor_parallel_ranks_than_there_is_to_share_are_refused(
     bank_path: Path, tokenizer_file: Path, size: int, sequence_parallel: bool, flags: list[Any], message: str
 ) -> None:
-    flags = flags or ["--graft-bank", bank_path, "--graft-layers", 2]
+    flags = flags if flags == TABLES else ["--graft-bank", bank_path, "--graft-layers", 2, *flags]
     layout = {"sequence_parallel": sequence_parallel, "seq_length": 64}
     with pytest.raises(ConfigError, match=f"^--tensor-model-parallel-size: leaves a rank none {message}"):
         open_memory(tokenizer_file, *flags, tensor_model_parallel_size=size, **layout)
@@ -294,7 +324,8 @@ def test_whatever_changes_answers_changes_the_identity(bank_path: Path, deep_ban
         ],
         "sites": [
             ["--graft-combine", "sum"], ["--graft-gate", "signed-sqrt"], ["--graft-conv-kernel", 3],
-            ["--graft-conv-dilation", 2], ["--graft-layers", 1], ["--graft-bank", deep_bank, "--graft-donor-layers", 8],
+            ["--graft-conv-dilation", 2], ["--graft-rows", "trained"], ["--graft-rows", "fresh"],
+            ["--graft-layers", 1], ["--graft-bank", deep_bank, "--graft-donor-layers", 8],
         ],
     }  # fmt: skip
     plain = memory_identity(run_memory(bank_path, tokenizer_file, *base))
@@ -322,3 +353,21 @@ def test_a_checkpoints_identity_is_plain_values_of_this_shape(bank_path: Path, t
     assert identity["sites"] == {"2": both | convolution, "3": alone | convolution | {"conv_dilation": 3}}
     assert memory_identity(None) is None
     assert memory_identity(dataclasses.replace(memory, threads=3)) == identity
+
+
+def test_rows_that_are_trained_are_named_in_the_identity_of_the_sites_that_have_them(
+    bank_path: Path, tokenizer_file: Path
+) -> None:
+    """And of no other, so that checkpoints of frozen rows from before the choice can be continued."""
+    for rows in ("trained", "fresh"):
+        identity = memory_identity(run_memory(bank_path, tokenizer_file, *TABLES, "--graft-rows", rows))
+        assert identity is not None
+        assert identity["sites"]["2"]["rows"] == rows
+        assert "rows" not in identity["sites"]["3"]
+
+
+def test_how_fast_rows_and_sites_learn_is_no_part_of_the_identity(bank_path: Path, tokenizer_file: Path) -> None:
+    base = ["--graft-rows", "trained"]
+    plain = memory_identity(run_memory(bank_path, tokenizer_file, *base))
+    rates = ["--graft-rows-lr-mult", 5, "--graft-rows-wd-mult", 1, "--graft-lr-mult", 2]
+    assert memory_identity(run_memory(bank_path, tokenizer_file, *base, *rates)) == plain

@@ -151,3 +151,8 @@ def test_fewer_rows_than_the_run_uses_are_refused(bank_path: Path, tmp_path: Pat
     small = fitting_bank(tmp_path / "small", tokenizer_file, {(6, 6): 2})
     with pytest.raises(ConfigError, match=rf"^--bank-rows: is more than the bank {small} has \(got 2"):
         with_other(bank_path, {"small": small}, tokenizer_file, "--bank-rows", 2)
+
+
+def test_a_run_that_trains_its_rows_is_refused(bank_path: Path, other_path: Path, tokenizer_file: Path) -> None:
+    with pytest.raises(ConfigError, match="--other-bank: has no rows to read in a run that trains its own"):
+        with_other(bank_path, {"other": other_path}, tokenizer_file, "--graft-rows", "trained")

@@ -11,7 +11,15 @@ import pytest
 from megatron_graft.errors import ConfigError
 from megatron_graft.training import parallelism
 from megatron_graft.training.arguments import graft_settings
-from megatron_graft.training.parallelism import REFUSED, REFUSED_DATA, REFUSED_WITH_TABLES, SERVED, Refused
+from megatron_graft.training.parallelism import (
+    ALL_REFUSED,
+    REFUSED,
+    REFUSED_DATA,
+    REFUSED_WITH_OWN_RATES,
+    REFUSED_WITH_TRAINED_ROWS,
+    SERVED,
+    Refused,
+)
 from tests.helpers.isolated import run_isolated
 from tests.helpers.layouts import LAYOUTS
 from tests.unit.training.test_arguments import MEGATRON_DEFAULTS, WITH_BANK, WITH_TABLES, namespace
@@ -47,7 +55,10 @@ ASKED: dict[str, list[dict[str, Any]]] = {
     "--sft": [{"sft": True}],
     "--dataloader-inter-document-masking": [{"dataloader_inter_document_masking": True}],
     "--reset-attention-mask": [{"reset_attention_mask": True}],
+    "--graft-rows": [{"tensor_model_parallel_size": 2}],  # a dense model
 }  # fmt: skip
+OURS = {"--graft-rows"}
+TRAINED_ROWS = [[*WITH_BANK, "--graft-rows", rows] for rows in ("trained", "fresh")]
 NOT_A_FLAG = {"--virtual-pipeline-model-parallel-size"}  # what Megatron makes of two others, which the message names
 
 
@@ -67,12 +78,12 @@ def refusal(argv: list[str], megatron: dict[str, Any]) -> ConfigError | None:
 def require_refused(row: Refused, argv: list[str], megatron: dict[str, Any]) -> None:
     error = refusal(argv, megatron)
     assert error is not None and error.subject == row.flag
-    value = megatron.get(row.flag.removeprefix("--").replace("-", "_"))
+    value = vars(namespace(argv, **megatron)).get(row.flag.removeprefix("--").replace("-", "_"))
     assert str(error) == f"{row.flag}: is not supported here: {row.why} (got {value}). {row.remedy}"
 
 
 def test_every_refused_row_is_tried() -> None:
-    flags = [row.flag for row in (*REFUSED, *REFUSED_WITH_TABLES, *REFUSED_DATA)]
+    flags = [row.flag for row in ALL_REFUSED]
     assert sorted(flags) == sorted(ASKED), "each flag has one row"
 
 
@@ -85,21 +96,36 @@ def test_what_sites_cannot_serve_is_refused_by_its_flag_and_runs_without_sites(
     assert refusal([], megatron) is None
 
 
-@pytest.mark.parametrize(("row", "megatron"), asked(REFUSED_WITH_TABLES))
-def test_what_tables_cannot_serve_is_refused_by_its_flag_and_runs_with_a_bank(
+@pytest.mark.parametrize(("row", "megatron"), asked(REFUSED_WITH_OWN_RATES))
+def test_what_rates_of_its_own_forbid_is_refused_by_its_flag_and_runs_with_a_bank(
     row: Refused, megatron: dict[str, Any]
 ) -> None:
     require_refused(row, WITH_TABLES, megatron)
     require_refused(row, [*WITH_BANK, *WITH_TABLES], megatron)
+    require_refused(row, [*WITH_BANK, "--graft-lr-mult", "2"], megatron)
+    for argv in TRAINED_ROWS:
+        require_refused(row, argv, megatron)
     assert refusal(WITH_BANK, megatron) is None
     assert refusal([], megatron) is None
+
+
+@pytest.mark.parametrize(("row", "megatron"), asked(REFUSED_WITH_TRAINED_ROWS))
+def test_what_trained_rows_forbid_is_refused_by_its_flag_and_runs_with_frozen_ones(
+    row: Refused, megatron: dict[str, Any]
+) -> None:
+    for argv in TRAINED_ROWS:
+        require_refused(row, argv, megatron)
+        require_refused(row, [*argv, *WITH_TABLES], megatron)
+        assert refusal(argv, megatron | {"sequence_parallel": True}) is None
+    for argv in ([], WITH_BANK, WITH_TABLES, [*WITH_BANK, *WITH_TABLES]):
+        assert refusal(argv, megatron) is None
 
 
 @pytest.mark.parametrize(("row", "megatron"), asked(REFUSED_DATA))
 def test_what_the_data_iterator_cannot_serve_is_refused_even_without_a_memory(
     row: Refused, megatron: dict[str, Any]
 ) -> None:
-    for argv in ([], WITH_BANK, WITH_TABLES):
+    for argv in ([], WITH_BANK, WITH_TABLES, *TRAINED_ROWS):
         require_refused(row, argv, megatron)
 
 
@@ -143,7 +169,7 @@ def test_the_page_has_a_line_for_every_row() -> None:
     lines = parallelism.page().splitlines()
     for served in SERVED:
         assert [line for line in lines if line.startswith(f"| {served.dimension} | ")], served.dimension
-    for refused in (*REFUSED, *REFUSED_WITH_TABLES, *REFUSED_DATA):
+    for refused in ALL_REFUSED:
         assert f"| {refused.dimension} | `{refused.flag}` | {refused.why} |" in lines
     assert all(line.count(" | ") in (2, 3) for line in lines if line.startswith("| ") and "---" not in line)
 
@@ -164,8 +190,8 @@ def megatron_defaults(names: list[str]) -> tuple[list[str], dict[str, Any]]:
 def test_refused_flags_are_megatrons_and_not_asked_for_by_default() -> None:
     """Against the installed Megatron: a flag that it renames would no longer be refused."""
     flags, defaults = run_isolated(megatron_defaults, sorted(MEGATRON_DEFAULTS))
-    assert set(ASKED) - NOT_A_FLAG <= set(flags)
+    assert set(ASKED) - NOT_A_FLAG - OURS <= set(flags)
     assert set(MEGATRON_DEFAULTS) - set(defaults) <= {"virtual_pipeline_model_parallel_size"}
     defaults |= {"num_layers": 4, "dataloader_type": "external"}  # the run's own, and what the entry point sets
-    for argv in ([], WITH_BANK, WITH_TABLES):
+    for argv in ([], WITH_BANK, WITH_TABLES, *TRAINED_ROWS):
         assert refusal(argv, {**defaults, "virtual_pipeline_model_parallel_size": None}) is None

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from megatron_graft.compat.parameter_groups import ROWS_RATE, SITE_RATE, TABLE_RATE, Multipliers
 from megatron_graft.errors import ConfigError
 from megatron_graft.training.settings import EngramSettings, GraftSettings, check_settings
 
@@ -19,7 +20,8 @@ TABLES = EngramSettings(
     pad_id=None, across_documents=False, lr_mult=5.0, wd_mult=0.0,
 )  # fmt: skip
 BANKS = GraftSettings(
-    banks=(Path("a"), Path("b")), layers=(2, 3), donor_layers=(None, None), engram=None, combine="exclusive",
+    banks=(Path("a"), Path("b")), layers=(2, 3), donor_layers=(None, None), engram=None,
+    rows="frozen", rows_lr_mult=1.0, rows_wd_mult=0.0, lr_mult=1.0, combine="exclusive",
     gate="plain", conv_kernel=4, conv_dilation=None, lookup="auto", look_ahead=None, verify_every=0,
     adopt_checkpoint=False, allow_raw_bank=False, verify_bank="header", bank_rows=None, bank_node_copy=None,
     bank_lookup_threads=1, bank_huge_pages=False, run_dir=None,
@@ -35,6 +37,20 @@ def test_a_run_has_sites_if_it_has_a_bank_or_a_table() -> None:
     assert BANKS.has_sites
     assert dataclasses.replace(STOCK, engram=TABLES).has_sites
     assert not STOCK.has_sites
+
+
+def test_only_groups_with_rates_of_their_own_are_told_to_the_optimizer() -> None:
+    """A group that is named is another one in checkpoints."""
+    assert BANKS.multipliers == {}
+    assert dataclasses.replace(BANKS, engram=TABLES).multipliers == {TABLE_RATE: Multipliers(lr=5.0, wd=0.0)}
+    for rows in ("trained", "fresh"):
+        assert dataclasses.replace(BANKS, rows=rows).multipliers == {ROWS_RATE: Multipliers(lr=1.0, wd=0.0)}
+    all_of_them = dataclasses.replace(
+        BANKS, engram=TABLES, rows="fresh", rows_lr_mult=2.0, rows_wd_mult=0.5, lr_mult=3.0
+    )
+    assert all_of_them.multipliers == {
+        TABLE_RATE: Multipliers(lr=5.0, wd=0.0), ROWS_RATE: Multipliers(lr=2.0, wd=0.5), SITE_RATE: Multipliers(lr=3.0)
+    }  # fmt: skip
 
 
 def test_a_single_bank_is_every_sites_and_several_are_the_sites_in_order() -> None:
@@ -55,6 +71,9 @@ def test_a_single_bank_is_every_sites_and_several_are_the_sites_in_order() -> No
         (STOCK, {"conv_kernel": 0, "conv_dilation": 1, "look_ahead": 1, "bank_lookup_threads": 1, "verify_every": 1}),
         (BANKS, {"bank_rows": 1, "bank_huge_pages": True, "lookup": "native"}),
         (BANKS, {"engram": dataclasses.replace(TABLES, lr_mult=0.0, wd_mult=0.0, layer_ids=(9, 4))}),
+        (BANKS, {"rows": "trained", "rows_lr_mult": 0.0, "rows_wd_mult": 2.0, "lr_mult": 0.0}),
+        (BANKS, {"rows": "fresh", "engram": TABLES}),
+        (STOCK, {"engram": TABLES, "lr_mult": 3.0}),
     ],
 )
 def test_what_can_be_honoured_passes(settings: GraftSettings, changes: dict[str, Any]) -> None:
@@ -69,6 +88,14 @@ def test_what_can_be_honoured_passes(settings: GraftSettings, changes: dict[str,
         (STOCK, {"engram": TABLES, "bank_rows": 3}, "--bank-rows"),
         (STOCK, {"engram": TABLES, "bank_node_copy": Path("x")}, "--bank-node-copy"),
         (STOCK, {"engram": TABLES, "bank_huge_pages": True}, "--bank-huge-pages"),
+        (STOCK, {"rows": "fresh"}, "--graft-rows"),
+        (STOCK, {"engram": TABLES, "rows": "trained"}, "--graft-rows"),
+        (STOCK, {"lr_mult": 2.0}, "--graft-lr-mult"),
+        (BANKS, {"lr_mult": float("nan")}, "--graft-lr-mult"),
+        (BANKS, {"rows_lr_mult": 2.0}, "--graft-rows-lr-mult"),
+        (BANKS, {"rows_wd_mult": 1.0}, "--graft-rows-wd-mult"),
+        (BANKS, {"rows": "fresh", "rows_lr_mult": -1.0}, "--graft-rows-lr-mult"),
+        (BANKS, {"rows": "trained", "rows_wd_mult": float("inf")}, "--graft-rows-wd-mult"),
         (BANKS, {"layers": ()}, "--graft-layers"),
         (BANKS, {"layers": (2, 5)}, "--graft-layers"),
         (BANKS, {"layers": (0, 2)}, "--graft-layers"),
