@@ -62,6 +62,11 @@ pretrain-both: native ## the same run with the bank and hashed tables, summed, a
 	@ENGRAM_LAYERS='2 3' RUN_NAME=both RUN_COMMAND='make pretrain-both$(WITH_ARGS)' \
 	    bash examples/pretrain_graft_moe.sh --graft-combine sum $(ARGS)
 
+.PHONY: arms
+arms: native ## matched arms: train, evaluate and record what is left of them (hours; again to go on), then the report
+	@python tools/run_arms.py examples/arms/matched_arms.yaml --jobs $(shell nproc) $(ARGS)
+	@python tools/compare_arms.py examples/arms/matched_arms.yaml
+
 test: native ## run the tests
 	@python -m pytest $(TESTS)
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import ast
 import functools
+import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from html.parser import HTMLParser
@@ -27,7 +27,7 @@ BASH_GUIDE = DebianPackage(
 LARGEST_TEXT = 150_000  # bytes of a foreign text
 _JOINED = 2000  # characters of a document of joined fortunes
 _SHORTEST = 200  # characters; a page that has fewer is a list of links
-_REPOSITORY = Path(__file__).resolve().parents[2]
+OWN_DOCS = Path(__file__).resolve().parents[2] / "docs" / "results" / "matched-arms" / "own_docs.jsonl"
 
 
 def _fortunes(cache: Path) -> Source:
@@ -112,24 +112,23 @@ class _PageReader(HTMLParser):
 
 
 def _own_docs(cache: Path) -> Source:
-    """This project's own prose: no donor that exists has read it."""
-    pages = [*sorted((_REPOSITORY / "docs").glob("*.md")), *sorted(_REPOSITORY.glob("*.md"))]
-    if not pages:
+    """This project's own prose: no donor that exists has read it.
+
+    Pages and docstrings as they stood when the first experiment was made: they go on changing, and runs of different
+    days must read the same.
+    """
+    if not OWN_DOCS.is_file():
         raise CorpusError(
-            "own_docs", "is the text of a checkout's docs, which an installed package does not have",
+            "own_docs", "is a text of a checkout, which an installed package does not have", expected=OWN_DOCS,
             remedy="Run it from a checkout, or leave this text out.",
         )  # fmt: skip
-    rooms = sorted(path for path in (_REPOSITORY / "megatron_graft").iterdir() if path.is_dir())
-    texts = {page.name: page.read_text(encoding="utf-8") for page in pages}
-    texts |= {f"docstrings of {room.name}": _docstrings(room) for room in rooms}
-    documents = [Document(name, text) for name, text in texts.items()]
-    # No digest: the text may change with this project, and an experiment keeps the one that it was made with.
-    return _sampled("own_docs", "this project's pages and docstrings", lambda: iter(documents))
 
+    def documents() -> Iterator[Document]:
+        for line in OWN_DOCS.read_text(encoding="utf-8").splitlines():
+            record = json.loads(line)
+            yield Document(record["id"], record["text"])
 
-def _docstrings(room: Path) -> str:
-    modules = [ast.parse(file.read_text(encoding="utf-8")) for file in sorted(room.glob("*.py"))]
-    return "\n\n".join(ast.get_docstring(module) or "" for module in modules)
+    return _sampled("own_docs", "this project's pages and docstrings", documents)
 
 
 def _email(cache: Path) -> Source:

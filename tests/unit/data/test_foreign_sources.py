@@ -62,7 +62,7 @@ def test_every_page_of_the_guide_is_a_document(tmp_path: Path, monkeypatch: pyte
     assert sorted(document.id for document in foreign_source("bash_guide", tmp_path).documents()) == ["a", "b"]
 
 
-def test_a_package_without_pages_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(foreign_sources, "_REPOSITORY", tmp_path)
+def test_a_package_without_the_text_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(foreign_sources, "OWN_DOCS", tmp_path / "none.jsonl")
     with pytest.raises(CorpusError, match="own_docs.*leave this text out"):
         foreign_source("own_docs", tmp_path)
