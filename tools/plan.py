@@ -1,22 +1,33 @@
 #!/usr/bin/env python3
-"""Plan on paper: what a bank would cost on machines that are not here, or how far the formulas were from a build.
+"""Plan on paper: what a bank or a training run would cost on machines that are not here.
 
 `build` prints bytes, core-hours, GPU-hours and wall time of every stage, and the rates that it assumes. With --check
 it compares its formulas with the log of a build that has been run. The formulas: docs/building-cost.md.
+
+`train` reads a run's own flags, after --, and prints what each of any number of ranks will hold and move, and which
+resource binds first. The formulas: megatron_graft/training/run_cost.py; worked through in docs/scale.md.
+
+`page` runs every `<!-- plan: ARGUMENTS -->` of a page again and writes what it prints behind it.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import json
+import re
+import subprocess
 import sys
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 if __package__ in (None, ""):  # run as a file from a checkout
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from megatron_graft.bank.row_layout import ROW_DTYPES
+from megatron_graft.building.bank_size import bank_bytes
 from megatron_graft.building.cost import (
     DEFAULT_ORDERS,
     BuildShape,
@@ -33,9 +44,12 @@ from megatron_graft.commands import run_command
 from megatron_graft.errors import ConfigError
 from megatron_graft.files import write_bytes_atomically
 from megatron_graft.reporting.cost_page import check_table, plan_page
+from megatron_graft.reporting.run_plan_page import run_plan_page
+from megatron_graft.training.run_terms import BankShape, Machine, TextShape
 
 MOST = 1e18
 """No number of a plan is as large."""
+PLANS = re.compile(r"(?P<head><!-- plan: (?P<arguments>[^>]*?)\s*-->).*?<!-- /plan -->", re.DOTALL)
 MARK = "<!-- Everything below is made by tools/plan.py build --update-page. -->"
 
 
@@ -55,7 +69,51 @@ def build_parser() -> argparse.ArgumentParser:
     output.add_argument(
         "--update-page", type=Path, metavar="PAGE", help="write the plan into this page, below its mark"
     )
+    _add_train(commands)
+    page = commands.add_parser("page", help="make the plans of a page anew", allow_abbrev=False)
+    page.add_argument("page", type=Path, metavar="PAGE", help="a Markdown file")
     return parser
+
+
+def _add_train(commands: Any) -> None:
+    train = commands.add_parser(
+        "train", help="a training run", formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False,
+        usage="%(prog)s --world-size N [options] -- FLAGS OF THE RUN",
+    )  # fmt: skip
+    what = train.add_argument_group("the run")
+    what.add_argument("--world-size", type=int, required=True, help="number of ranks, one a GPU")
+    what.add_argument("--bank-shape", metavar="ROWSxWIDTH[,WIDTH...][:DTYPE]",
+                      help="in place of every --graft-bank of the run, which then need not exist")  # fmt: skip
+    what.add_argument("--bank-max-order", type=int, default=4, help="its longest n-gram")
+    text = train.add_argument_group("what the text makes of the memory, assumed")
+    for name, value in vars(TextShape()).items():
+        text.add_argument(f"--{name.replace('_', '-')}", type=float, default=value, help=_TEXT_HELP[name])
+    machine = train.add_argument_group("a node, all of it assumed")
+    for name, (scale, what_it_is) in _MACHINE_HELP.items():
+        value = getattr(Machine(), name) / scale
+        machine.add_argument(f"--{name.replace('_', '-')}", type=float, default=value, help=what_it_is)
+    machine.add_argument("--step-seconds", type=float, help="of a step, in place of operations over TFLOPS and MFU")
+    train.add_argument("--json", action="store_true", help="print figures instead of tables")
+
+
+_TEXT_HELP = {
+    "hit_rate": "share of positions that match a key",
+    "distinct": "distinct rows over matches, in a micro-batch of one rank",
+    "distinct_table": "the same of trained tables",
+}
+_MACHINE_HELP = {
+    "devices": (1, "GPUs of a node"),
+    "cores": (1, "of a node"),
+    "device_memory": (1e9, "GB of one GPU"),
+    "host_memory": (1e9, "GB of a node"),
+    "host_bandwidth": (1e9, "GB/s of a node's memory"),
+    "link_bandwidth": (1e9, "GB/s from host to one GPU"),
+    "network": (1e9, "GB/s of one GPU to other nodes"),
+    "flops": (1e12, "TFLOP/s of one GPU at its peak"),
+    "mfu": (1, "part of the peak that a step reaches"),
+    "lookup": (1e6, "million positions a second that one core looks up"),
+    "gather": (1e9, "GB/s that one core gathers"),
+}
 
 
 def _add_shape(group: argparse._ArgumentGroup) -> None:
@@ -95,8 +153,105 @@ def _add_rates(group: argparse._ArgumentGroup) -> None:
 def main(argv: list[str] | None = None) -> int:
     """Run the command; return its exit code."""
     words = sys.argv[1:] if argv is None else argv
+    if words[:1] == ["train"]:
+        end = words.index("--") if "--" in words else len(words)
+        arguments, flags = build_parser().parse_args(words[:end]), words[end + 1 :]
+        return run_command(lambda: _plan_train(arguments, flags))
     arguments = build_parser().parse_args(words)
+    if arguments.command == "page":
+        return run_command(lambda: _remake(arguments.page))
     return run_command(lambda: _run(arguments, words))
+
+
+def _remake(page: Path) -> None:
+    """Each plan by a process of its own: Megatron reads one command line per process."""
+
+    def made(mark: re.Match[str]) -> str:
+        command = [sys.executable, str(Path(__file__)), *mark["arguments"].split()]
+        result = subprocess.run(command, stdout=subprocess.PIPE, encoding="utf-8", check=False)
+        if result.returncode != 0:
+            raise ConfigError(page, "has a plan that cannot be made; why stands above", got=mark["arguments"])
+        return f"{mark['head']}\n\n{result.stdout.strip()}\n\n<!-- /plan -->"
+
+    if not page.is_file():
+        raise ConfigError(page, "does not exist", expected="a Markdown page")
+    write_bytes_atomically(page, PLANS.sub(made, page.read_text(encoding="utf-8")).encode())
+
+
+def _plan_train(arguments: argparse.Namespace, flags: Sequence[str]) -> None:
+    machine, text = _machine(arguments), TextShape(**{name: getattr(arguments, name) for name in _TEXT_HELP})
+    with contextlib.redirect_stdout(sys.stderr):  # Megatron says a lot on the way
+        from megatron_graft.compat import cpu
+
+        cpu.install()
+        from megatron_graft.training.run_cost import forward_flops, stage_costs
+        from megatron_graft.training.run_limits import demands, most_rows, step_seconds
+        from megatron_graft.training.run_plan import plan_run
+
+        plan = plan_run(flags, arguments.world_size, _bank_shape(arguments))
+    costs = stage_costs(plan.shape, text)
+    seconds = arguments.step_seconds or step_seconds(plan, machine)
+    figures = {
+        "run": _shown_run(arguments, plan),
+        "assumed": [
+            [f"--{name.replace('_', '-')}", f"{getattr(arguments, name):g}", what] for name, what in _assumptions()
+        ],
+        "stages": [asdict(cost) for cost in costs],
+        "step_seconds": seconds,
+        "tokens": plan.tokens,
+        "sites_share": 3 * forward_flops(plan.shape) / plan.backbone_flops,
+        "backbone_state": plan.backbone_state,
+        "demands": [
+            asdict(one) | {"share": one.share} for one in demands(plan, costs, machine, seconds)
+        ],
+        "most_rows": most_rows(plan, machine, share=0.8),
+    }  # fmt: skip
+    print(json.dumps(figures, indent=2) if arguments.json else run_plan_page(figures), end="")
+
+
+def _assumptions() -> list[tuple[str, str]]:
+    return [*_TEXT_HELP.items(), *((name, what) for name, (_, what) in _MACHINE_HELP.items())]
+
+
+def _machine(arguments: argparse.Namespace) -> Machine:
+    for name in (*_MACHINE_HELP, *_TEXT_HELP, "world_size"):
+        value = getattr(arguments, name)
+        if not 0 < value < MOST:
+            raise ConfigError(
+                f"--{name.replace('_', '-')}", "is out of range", got=value, expected=f"above 0, below {MOST:g}"
+            )
+    return Machine(**{name: getattr(arguments, name) * scale for name, (scale, _) in _MACHINE_HELP.items()})
+
+
+def _bank_shape(arguments: argparse.Namespace) -> BankShape | None:
+    if arguments.bank_shape is None:
+        return None
+    found = re.fullmatch(r"([\d.e+]+)x(\d+(?:,\d+)*)(?::(\w+))?", arguments.bank_shape)
+    dtype = (found and found[3]) or "bfloat16"
+    if found is None or dtype not in ROW_DTYPES:
+        raise ConfigError(
+            "--bank-shape", "is malformed", got=arguments.bank_shape, expected="such as 3e6x2048,2048:bfloat16"
+        )
+    rows, widths = int(float(found[1])), tuple(int(width) for width in found[2].split(","))
+    orders = range(2, arguments.bank_max_order + 1)
+    size = bank_bytes(
+        num_rows=rows, entries={order: rows // len(orders) for order in orders}, nodes=rows, vocab_size=1 << 17,
+        widths=widths, row_dtype=dtype,
+    )  # fmt: skip
+    return BankShape(
+        num_rows=rows, layers=tuple(range(1, len(widths) + 1)), widths=widths, max_order=arguments.bank_max_order,
+        row_dtype=dtype, num_bytes=float(size.total),
+    )  # fmt: skip
+
+
+def _shown_run(arguments: argparse.Namespace, plan: Any) -> dict[str, str]:
+    run = plan.shape
+    banks = ", ".join(f"{bank.num_rows:,} rows × {sum(bank.widths):,} {bank.row_dtype}" for bank in plan.banks)
+    return {
+        "ranks": f"{run.world_size:,}: {run.tensor} tensor × {run.pipeline} pipeline × {run.data} data parallel",
+        "step": f"{run.micro_batches} micro-batches of {run.micro_batch} × {run.sequence:,} tokens on each rank",
+        "banks": banks or "none",
+    }
 
 
 def _run(arguments: argparse.Namespace, words: Sequence[str]) -> None:

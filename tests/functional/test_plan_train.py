@@ -1,0 +1,53 @@
+"""Planning a run from its own flags, from the shell: tables, figures, and what cannot be planned."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from tests.helpers.main_job import REPOSITORY
+from tests.helpers.tiny_run import CPU_FLAGS, MODEL_FLAGS, MOE_FLAGS, TRAINING_FLAGS
+
+pytestmark = [pytest.mark.slow, pytest.mark.functional]
+RUN = [*MODEL_FLAGS, *MOE_FLAGS, *TRAINING_FLAGS, *CPU_FLAGS, "--train-iters", 4, "--tokenizer-type", "NullTokenizer"]
+RUN += ["--vocab-size", 1000, "--graft-bank", "not-built-yet", "--graft-layers", 2, "--mock-data"]
+
+
+def plan(*options: object) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, REPOSITORY / "tools" / "plan.py", "train", *options, "--", *RUN]
+    return subprocess.run([str(word) for word in command], capture_output=True, text=True, check=False)
+
+
+def test_a_run_whose_bank_is_not_built_yet() -> None:
+    done = plan("--world-size", 4, "--bank-shape", "1e6x64,64:int8", "--step-seconds", 0.5)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.startswith("| run |")
+    assert "1,000,000 rows × 128 int8" in done.stdout
+    assert "What binds first" in done.stdout
+
+
+def test_more_ranks_hold_and_move_less_each() -> None:
+    options = ("--bank-shape", "1e6x64", "--json", "--step-seconds", 0.5)
+    one, four = (json.loads(plan("--world-size", ranks, *options).stdout) for ranks in (1, 4))
+    assert one["stages"][0]["dense"] == four["stages"][0]["dense"]
+    assert one["stages"][0]["rows"] == 4 * four["stages"][0]["rows"]
+    assert not one["stages"][0]["collectives"] and four["stages"][0]["collectives"]
+    shares = [demand["share"] for demand in one["demands"]]
+    assert shares == sorted(shares, reverse=True)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--world-size", 3), "--world-size: does not suit the run's flags"),
+        (("--world-size", 4, "--bank-shape", "many"), "--bank-shape: is malformed"),
+        (("--world-size", 4, "--bank-shape", "1e6x64", "--mfu", 0), "--mfu: is out of range"),
+    ],
+)
+def test_what_cannot_be_planned_says_why(options: tuple[object, ...], message: str) -> None:
+    done = plan(*(options if "--bank-shape" in options else (*options, "--bank-shape", "1e6x64")))
+    assert done.returncode == 2
+    assert message in done.stderr
