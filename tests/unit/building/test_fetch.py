@@ -118,11 +118,11 @@ def test_what_is_no_gguf_file_of_a_model_is_refused_and_nothing_is_left(tmp_path
 
 
 @pytest.mark.parametrize("words", [[], ["smollm2-135m", "--gguf", "model.gguf"]])
-def test_the_command_takes_either_a_name_or_a_file(
+def test_the_command_takes_one_source_of_a_donor(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], words: list[str]
 ) -> None:
     assert main([*words, str(tmp_path / "out")]) == 2
-    assert "NAME: or --gguf must be given, and not both" in capsys.readouterr().err
+    assert "NAME: or --gguf or --random-weights must be given, and one only" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", sorted(fetch.PACKAGED_DONORS))
