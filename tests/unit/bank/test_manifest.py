@@ -27,7 +27,15 @@ from megatron_graft.errors import BankFormatError, BankIncompleteError, BankVers
 from megatron_graft.files import canonical_json
 from tests.helpers.banks import donor_identity, tokenizer_identity
 
-MISSING = object()
+
+class Missing:
+    """What takes the place of a field that is left out; its name is the same in every process."""
+
+    def __repr__(self) -> str:
+        return "missing"
+
+
+MISSING = Missing()
 
 
 def make_manifest(control: Control | None = None, layers: tuple[int, ...] = (12, 20), shards: int = 1) -> Manifest:
