@@ -248,7 +248,9 @@ def _shown_run(arguments: argparse.Namespace, plan: Any) -> dict[str, str]:
     run = plan.shape
     banks = ", ".join(f"{bank.num_rows:,} rows × {sum(bank.widths):,} {bank.row_dtype}" for bank in plan.banks)
     return {
-        "ranks": f"{run.world_size:,}: {run.tensor} tensor × {run.pipeline} pipeline × {run.data} data parallel",
+        "ranks": f"{run.world_size:,}: {run.tensor} tensor × {run.context} context × {run.pipeline} pipeline"
+        + (f" (of {run.virtual} chunks)" if run.virtual > 1 else "")
+        + f" × {run.data} data parallel",
         "step": f"{run.micro_batches} micro-batches of {run.micro_batch} × {run.sequence:,} tokens on each rank",
         "banks": banks or "none",
     }

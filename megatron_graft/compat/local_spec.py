@@ -3,7 +3,8 @@
 * A norm that may be used under sequence parallelism: the stock one refuses it, although all that is missing is the
   ``sequence_parallel`` tag that makes Megatron sum the parameter's gradient over the tensor-parallel group.
 * Core attention through torch's scaled-dot-product kernel; the stock one is unfused and slow on CPU. It has no
-  dropout, so a model with attention dropout keeps the stock module.
+  dropout, so a model with attention dropout keeps the stock module. Under context parallelism, which the stock one
+  refuses, it is :class:`~megatron_graft.compat.context_attention.ContextParallelAttention`.
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ import torch.nn.functional as F
 from megatron.core.transformer.dot_product_attention import DotProductAttention
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.torch_norm import WrappedTorchNorm
+
+from megatron_graft.compat.context_attention import ContextParallelAttention
 
 
 class TaggedTorchNorm:
@@ -46,11 +49,17 @@ class FusedCoreAttention(DotProductAttention):  # type: ignore[misc]
         return context.permute(2, 0, 1, 3).reshape(query.shape[0], query.shape[1], -1)
 
 
-def complete_local_spec(spec: Any, *, attention_dropout: float) -> Any:
-    """Return a copy of a (nested) local spec with the modules above in place of the stock ones."""
+def complete_local_spec(spec: Any, config: Any) -> Any:
+    """Return a copy of a (nested) local spec with the modules above in place of the stock ones.
+
+    Args:
+        spec: Megatron's, of layers or of a block.
+        config: Megatron's ``TransformerConfig``.
+    """
     replacements: dict[Any, Any] = {WrappedTorchNorm: TaggedTorchNorm}
-    if attention_dropout == 0.0:
-        replacements[DotProductAttention] = FusedCoreAttention
+    if config.attention_dropout == 0.0:
+        one = config.context_parallel_size == 1
+        replacements[DotProductAttention] = FusedCoreAttention if one else ContextParallelAttention
     return _replace(copy.deepcopy(spec), replacements)
 
 

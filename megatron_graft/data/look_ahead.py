@@ -7,12 +7,13 @@ simply fetched again from the tokens.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import queue
 import threading
 import time
 import weakref
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,7 +23,7 @@ from megatron_graft.data.memory_fetcher import FetchCounts, Fetched, MemoryFetch
 from megatron_graft.data.transfer import Transfer
 
 Batch = dict[str, Any]
-SEQUENCE_NUMBER = "sequence_number"
+SEQUENCE_NUMBER, CHUNK, COUNTED = "sequence_number", "chunk", "counted"
 _PATIENCE_SECONDS = 0.2
 
 
@@ -32,7 +33,7 @@ class LookAheadStatistics:
 
     Attributes:
         counts: of what was fetched; without content on a rank that owns no site.
-        stall_seconds: time the training thread waited for a micro-batch.
+        stall_seconds: time that training waited for a micro-batch: its thread, and the device for a copy.
         fetch_seconds: time the look-ahead thread spent on lookup, hashing and gather.
         micro_batches: number consumed.
     """
@@ -47,43 +48,48 @@ class LookAhead:
     """Serves all streams of a process (training, validation, test).
 
     Args:
-        fetcher: where memory comes from, or None on a rank that owns no memory site: it then only reads ahead.
+        fetchers: for each model chunk of this rank (one; in an interleaved pipeline one for each virtual stage) where
+            its memory comes from, or None for a chunk that owns no memory site: its streams only read ahead.
         transfer: the way to the device.
-        depth: how many micro-batches may wait, at most.
+        depth: how many micro-batches of a stream may wait, at most.
     """
 
-    def __init__(self, fetcher: MemoryFetcher | None, transfer: Transfer, depth: int) -> None:
-        self.fetcher, self.transfer, self.depth = fetcher, transfer, depth
+    def __init__(self, fetchers: Sequence[MemoryFetcher | None], transfer: Transfer, depth: int) -> None:
+        self.fetchers, self.transfer, self.depth = tuple(fetchers), transfer, depth
         self._numbers = itertools.count()
         self._tickets: dict[int, tuple[Any, Fetched]] = {}
         self.statistics = self._fresh_statistics()
 
     def _fresh_statistics(self) -> LookAheadStatistics:
-        return LookAheadStatistics(counts=self.fetcher.no_counts() if self.fetcher else FetchCounts())
+        some = next(filter(None, self.fetchers), None)  # all count what they find in the run's banks
+        return LookAheadStatistics(counts=some.no_counts() if some else FetchCounts())
 
     def drain_statistics(self) -> LookAheadStatistics:
         """Return the statistics and start new ones."""
         drained, self.statistics = self.statistics, self._fresh_statistics()
+        drained.stall_seconds += self.transfer.drain_stall_seconds()
         return drained
 
-    def stream(self, batches: Iterable[Batch], *, counted: bool = True) -> MicroBatchStream:
-        """An iterator over ``batches`` that reads ahead; each yielded batch carries its sequence number.
+    def stream(self, batches: Iterable[Batch], *, chunk: int = 0, counted: bool = True) -> MicroBatchStream:
+        """An iterator over ``batches`` that reads ahead; each yielded batch carries its sequence number and its chunk.
 
         Args:
             batches: dictionaries with int64 ``tokens`` ``[B, S]``.
+            chunk: number of the model chunk that they are for.
             counted: whether its micro-batches enter the statistics (training does, validation does not).
         """
-        return MicroBatchStream(self, batches, counted)
+        return MicroBatchStream(self, batches, chunk, counted)
 
-    def prepare(self, batch: Batch) -> tuple[Batch, tuple[Any, Fetched] | None]:
+    def prepare(self, batch: Batch, chunk: int, counted: bool) -> tuple[Batch, tuple[Any, Fetched] | None]:
         """Number a batch and fetch its memory (look-ahead thread)."""
-        numbered = {**batch, SEQUENCE_NUMBER: next(self._numbers)}
+        numbered = {**batch, SEQUENCE_NUMBER: next(self._numbers), CHUNK: chunk, COUNTED: counted}
         return numbered, self._fetch(numbered)
 
     def _fetch(self, batch: Batch) -> tuple[Any, Fetched] | None:
-        if self.fetcher is None:
+        fetcher = self.fetchers[batch[CHUNK]]
+        if fetcher is None:
             return None
-        fetched = self.fetcher.fetch(batch["tokens"], batch[SEQUENCE_NUMBER])
+        fetched = fetcher.fetch(batch["tokens"], batch[SEQUENCE_NUMBER])
         return self.transfer.start(fetched.memory), fetched
 
     def hold(self, number: int, prepared: tuple[Any, Fetched] | None) -> None:
@@ -102,7 +108,7 @@ class LookAhead:
             statistics.fetch_seconds += fetched.seconds
 
     def take(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor] | None:
-        """The memory of a batch that a stream yielded; None on a rank without sites.
+        """The memory of a batch that a stream yielded; None for a chunk without sites.
 
         Returns:
             ``packed`` on the device and ``exchange`` on the host, as in
@@ -110,11 +116,15 @@ class LookAhead:
 
         Taking twice (a replayed step) fetches again.
         """
-        if self.fetcher is None:
+        prepared = self._tickets.pop(batch[SEQUENCE_NUMBER], None) or self._fetch(batch)
+        if prepared is None:
             return None
-        held = self._tickets.pop(batch[SEQUENCE_NUMBER], None)
-        ticket, fetched = held if held is not None else self._fetch(batch)  # type: ignore[misc]
-        return self.transfer.finish(ticket), fetched.memory.exchange
+        ticket, fetched = prepared
+        started = time.perf_counter()
+        packed = self.transfer.finish(ticket)
+        if batch[COUNTED]:
+            self.statistics.stall_seconds += time.perf_counter() - started
+        return packed, fetched.memory.exchange
 
 
 class _End:
@@ -127,8 +137,8 @@ class _End:
 class MicroBatchStream(Iterator[Batch]):
     """Iterator with a reading thread behind it, started by the first ``next``; see :meth:`LookAhead.stream`."""
 
-    def __init__(self, look_ahead: LookAhead, batches: Iterable[Batch], counted: bool) -> None:
-        self._look_ahead, self._batches, self._counted = look_ahead, batches, counted
+    def __init__(self, look_ahead: LookAhead, batches: Iterable[Batch], chunk: int, counted: bool) -> None:
+        self._look_ahead, self._batches, self._chunk, self._counted = look_ahead, batches, chunk, counted
         self._queue: queue.Queue[Any] = queue.Queue(maxsize=look_ahead.depth)
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
@@ -140,7 +150,8 @@ class MicroBatchStream(Iterator[Batch]):
 
     def __next__(self) -> Batch:
         if self._thread is None:
-            arguments = (self._look_ahead, iter(self._batches), self._queue, self._stop)
+            prepare = functools.partial(self._look_ahead.prepare, chunk=self._chunk, counted=self._counted)
+            arguments = (prepare, iter(self._batches), self._queue, self._stop)
             self._thread = threading.Thread(target=_read_ahead, args=arguments, name="graft-look-ahead", daemon=True)
             self._thread.start()
         started = time.perf_counter()
@@ -162,11 +173,13 @@ class MicroBatchStream(Iterator[Batch]):
             self._thread.join()
 
 
-def _read_ahead(look_ahead: LookAhead, batches: Iterator[Batch], out: queue.Queue[Any], stop: threading.Event) -> None:
+def _read_ahead(
+    prepare: Callable[[Batch], Any], batches: Iterator[Batch], out: queue.Queue[Any], stop: threading.Event
+) -> None:
     end = _End(None)
     try:
         for batch in batches:
-            item = look_ahead.prepare(batch)
+            item = prepare(batch)
             if not _put(out, item, stop):
                 return
     except BaseException as error:  # the training thread must see it, whatever it is

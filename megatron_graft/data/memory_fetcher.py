@@ -121,11 +121,11 @@ class MemoryFetcher:
         """
         started = time.perf_counter()
         tokens = np.ascontiguousarray(tokens_BS.numpy())
-        mine = self.layout.partition.positions(tokens.shape[1])
+        partition = self.layout.partition
         memory = MicroBatchMemory.allocate(
-            self.layout, sequence_number, len(tokens), mine.stop - mine.start, pin=self.pin
+            self.layout, sequence_number, len(tokens), partition.num_positions(tokens.shape[1]), pin=self.pin
         )
-        memory.position_BS.numpy()[:] = positions_in_document(tokens, self.sources.eod)[:, mine]
+        memory.position_BS.numpy()[:] = partition.part(positions_in_document(tokens, self.sources.eod))
         counts = self.no_counts()
         orders_of = {bank: self._look_up(bank, tokens, memory, counts) for bank in self.layout.banks}
         for number, engram in enumerate(self.layout.engrams):
@@ -136,15 +136,15 @@ class MemoryFetcher:
     def _look_up(self, number: int, tokens: np.ndarray, memory: MicroBatchMemory, counts: FetchCounts) -> np.ndarray:
         """Fill everything that comes from one bank; return the orders ``[B, S]`` of whole sequences."""
         bank, index = self.sources.banks[number]
-        mine = self.layout.partition.positions(tokens.shape[1])
+        partition = self.layout.partition
         rows_BS = self._scratch.get("rows", tokens.shape, np.int64)
         orders_BS = self._scratch.get(f"orders.{number}", tokens.shape, np.uint8)
         index.lookup(tokens, eod=self.sources.eod, rows_out=rows_BS, orders_out=orders_BS)
-        memory.order_BS(number).numpy()[:] = orders_BS[:, mine]
+        memory.order_BS(number).numpy()[:] = partition.part(orders_BS)
         counts.orders[number][:] = _count_orders(memory.order_BS(number).numpy(), bank.max_order)
         exchange = self.layout.exchange_of_bank(number)
         if exchange is None:
-            distinct, inverse = self._distinct("mine", rows_BS[:, mine])
+            distinct, inverse = self._distinct("mine", partition.part(rows_BS))
         else:
             distinct, inverse = self._share_out(exchange, rows_BS[..., np.newaxis], memory)
         memory.inverse_BS(number).numpy().reshape(-1)[:] = inverse
@@ -182,11 +182,11 @@ class MemoryFetcher:
         the ranks follow one another.
         """
         partition, bounds = self.layout.partition, self._bounds[number]
-        length, num_heads = rows_BSK.shape[1:]
+        num_heads = rows_BSK.shape[2]
         parts = []
         for rank in range(partition.size):
             heads = slice(*partition.heads(num_heads, rank))
-            wanted = rows_BSK[:, partition.positions(length, rank), heads]
+            wanted = partition.part(rows_BSK[..., heads], rank)
             parts.append(self._distinct(f"wanted.{num_heads}.{rank}", wanted))
         requests, sent = memory.requests(number).numpy(), 0
         for rank, (distinct, _) in enumerate(parts):

@@ -5,6 +5,7 @@ The CUDA way is written for, and has not been run on, a GPU.
 
 from __future__ import annotations
 
+from collections import deque
 from typing import Any, Protocol
 
 import torch
@@ -20,7 +21,11 @@ class Transfer(Protocol):
         ...
 
     def finish(self, ticket: Any) -> torch.Tensor:
-        """The device's packed tensor, safe to use on the current stream."""
+        """The device's packed tensor, safe to use on the current stream; may wait for the copy to end."""
+        ...
+
+    def drain_stall_seconds(self) -> float:
+        """Time that the device has waited for copies since the last call, beyond what :meth:`finish` took."""
         ...
 
 
@@ -35,6 +40,10 @@ class HostTransfer:
         """Return the packed tensor itself."""
         return ticket
 
+    def drain_stall_seconds(self) -> float:
+        """There is no copy to wait for."""
+        return 0.0
+
 
 class CudaTransfer:
     """Copies on a stream of its own; the training stream waits on an event, the host never does.
@@ -47,6 +56,7 @@ class CudaTransfer:
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self.stream = torch.cuda.Stream(device)
+        self._waits: deque[tuple[torch.cuda.Event, torch.cuda.Event]] = deque()
 
     def start(self, memory: MicroBatchMemory) -> tuple[torch.Tensor, torch.cuda.Event]:
         """Enqueue the copy; return the device tensor and the event that marks its end."""
@@ -62,6 +72,19 @@ class CudaTransfer:
         """Order the current stream behind the copy and keep the allocator from reusing the tensor too early."""
         on_device, done = ticket
         current = torch.cuda.current_stream(self.device)
+        before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        before.record(current)
         current.wait_event(done)
+        after.record(current)
+        self._waits.append((before, after))
         on_device.record_stream(current)
         return on_device
+
+    def drain_stall_seconds(self) -> float:
+        """What lies between the events around each wait. Waits that the device has not come to yet are left for later:
+        asking never waits itself."""
+        seconds = 0.0
+        while self._waits and self._waits[0][1].query():
+            before, after = self._waits.popleft()
+            seconds += before.elapsed_time(after) / 1e3
+        return seconds

@@ -19,8 +19,10 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from megatron.core.transformer.transformer_layer import TransformerLayer
 
 from megatron_graft.data.memory_layout import MemoryLayout
+from megatron_graft.data.partition import Partition
 from megatron_graft.memory.site import MemorySite, SiteConfig
 
+MEMORY_ARGUMENTS = ("context", "context_mask")
 _NAME = "memory"
 
 
@@ -33,7 +35,8 @@ class MemoryLayerMixin:
         super().__init__(*args, **kwargs)
         if self.layer_number != site.reading.layer_number:  # type: ignore[attr-defined]
             raise RuntimeError(f"the site of layer {site.reading.layer_number} was put into another layer")
-        self.memory = MemorySite(self.config, site, layout, self.tp_group)  # type: ignore[attr-defined]
+        groups = self.pg_collection  # type: ignore[attr-defined]
+        self.memory = MemorySite(self.config, site, layout, groups.tp, sequence_group(layout.partition, groups))  # type: ignore[attr-defined]
 
     def forward(
         self,
@@ -72,6 +75,13 @@ class MemoryLayerMixin:
                 entry.key = f"{prefix}{_NAME}_{self.memory.layer_number}.{name.removeprefix(f'{prefix}{_NAME}.')}"
             sharded[name] = entry
         return sharded
+
+
+def sequence_group(partition: Partition, groups: Any) -> Any:
+    """The group of the ranks over which a sequence is split, of Megatron's ``ProcessGroupCollection``; or None."""
+    if partition.context_size == 1:
+        return groups.tp if partition.sequence_parts > 1 else None
+    return groups.tp_cp if partition.sequence_parts > 1 else groups.cp
 
 
 @functools.cache

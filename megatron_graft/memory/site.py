@@ -33,6 +33,7 @@ from megatron_graft.compat.parameter_groups import SITE_RATE, TABLE_ATTRIBUTE
 from megatron_graft.data.memory_layout import MemoryLayout, SiteReading
 from megatron_graft.data.microbatch import MicroBatchMemory
 from megatron_graft.memory.convolution import causal_depthwise_convolution
+from megatron_graft.memory.halo import SequenceSplit
 from megatron_graft.memory.initialisation import RowValues, SiteSeed, site_parameter
 from megatron_graft.memory.reader import EngramReader, GraftReader, RowReader, TrainedRowsReader
 from megatron_graft.memory.sharding import sharded_whole
@@ -80,18 +81,23 @@ class MemorySite(MegatronModule):  # type: ignore[misc]
     """Gated injection of memory before the attention of one layer.
 
     How tensor-parallel ranks share the work is said in :mod:`megatron_graft.data.partition`. Norms and the convolution
-    are replicated; under sequence parallelism Megatron sums their gradients over the ranks.
+    are replicated; under sequence parallelism Megatron sums their gradients over the ranks. Context-parallel ranks are
+    to parameters what data-parallel ones are.
 
     Args:
         config: Megatron's ``TransformerConfig``.
         site: see :class:`SiteConfig`.
         layout: what a micro-batch brings to the sites of this rank.
         tp_group: tensor-parallel group of the layer.
+        sequence_group: group of the ranks over which a sequence is split; None if it is not.
     """
 
-    def __init__(self, config: Any, site: SiteConfig, layout: MemoryLayout, tp_group: Any) -> None:
+    def __init__(
+        self, config: Any, site: SiteConfig, layout: MemoryLayout, tp_group: Any, sequence_group: Any = None
+    ) -> None:
         super().__init__(config=config)
         self.site, self.layout, self.tp_group = site, layout, tp_group
+        self.split = SequenceSplit(layout.partition, sequence_group)
         self.layer_number = site.reading.layer_number
         self.bypassed = False
         seed = SiteSeed(seed=site.seed, layer_number=self.layer_number, std=site.init_std)
@@ -170,7 +176,7 @@ class MemorySite(MegatronModule):  # type: ignore[misc]
             self.conv_kernel,
             self.site.conv_dilation,
             memory.position_BS.t(),
-            self.tp_group if self.layout.partition.sequence_parallel else None,
+            self.split,
         )
         return F.silu(mixed)
 

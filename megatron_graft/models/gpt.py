@@ -18,7 +18,7 @@ from megatron.training.models.gpt import GPTModelConfig, default_layer_spec
 
 from megatron_graft.compat.local_spec import complete_local_spec
 from megatron_graft.data.memory_layout import MemoryLayout
-from megatron_graft.memory.layer import with_memory_site
+from megatron_graft.memory.layer import MEMORY_ARGUMENTS, with_memory_site
 from megatron_graft.memory.site import SiteConfig
 from megatron_graft.models.stage import stage_layout, stage_sites
 
@@ -44,6 +44,22 @@ def layer_spec_factory(sites: Mapping[int, SiteConfig]) -> Callable[..., LayerSp
     return build
 
 
+def keep_memory_from_mtp(chunks: list[Any]) -> list[Any]:
+    """What to put into ``GPTModelConfig.pre_wrap_hooks``: multi-token-prediction layers get no memory.
+
+    Megatron builds them from the stock layer spec, and hands them what it hands the decoder; they refuse a ``context``.
+    """
+    for chunk in chunks:
+        prediction = getattr(chunk, "mtp", None)
+        if prediction is not None:
+            prediction.register_forward_pre_hook(_without_memory, with_kwargs=True)
+    return chunks
+
+
+def _without_memory(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    return args, {name: value for name, value in kwargs.items() if name not in MEMORY_ARGUMENTS}
+
+
 def _block_spec(config: GPTModelConfig, vp_stage: int | None) -> TransformerBlockSubmodules:
     """One spec per layer of this stage, also for dense models, whose default is a single shared spec."""
     transformer = config.transformer
@@ -59,7 +75,7 @@ def _block_spec(config: GPTModelConfig, vp_stage: int | None) -> TransformerBloc
 def _completed(spec: LayerSpec, config: GPTModelConfig) -> LayerSpec:
     if config.transformer.transformer_impl != "local":
         return spec
-    return complete_local_spec(spec, attention_dropout=config.transformer.attention_dropout)
+    return complete_local_spec(spec, config.transformer)
 
 
 def add_memory_sites(

@@ -27,10 +27,12 @@ def stage_sites(
 
 
 def stage_layout(sites: Mapping[int, SiteConfig], transformer_config: Any) -> MemoryLayout:
-    """What one micro-batch brings to the given sites of this stage, on this tensor-parallel rank."""
+    """What one micro-batch brings to the given sites of this stage, on this rank."""
     partition = Partition(
         rank=parallel_state.get_tensor_model_parallel_rank(),
         size=parallel_state.get_tensor_model_parallel_world_size(),
         sequence_parallel=transformer_config.sequence_parallel,
+        context_rank=parallel_state.get_context_parallel_rank(),
+        context_size=parallel_state.get_context_parallel_world_size(),
     )
     return MemoryLayout.of((site.reading for site in sites.values()), partition)

@@ -37,20 +37,26 @@ class DatasetProvider:
     def __call__(
         self, num_samples: Sequence[int], vp_stage: int | None = None
     ) -> tuple[MicroBatchStream | None, MicroBatchStream | None, MicroBatchStream | None]:
-        """Streams for training, validation and test, from the consumed-sample counters on."""
+        """Streams for training, validation and test, from the consumed-sample counters on.
+
+        In an interleaved pipeline Megatron calls it for each virtual stage; every one reads the same tokens.
+        """
         args = get_args()
         train, valid, test = build_datasets(args, num_samples)
+        chunk = vp_stage or 0
         return (
-            self._stream(train, args.consumed_train_samples, args.micro_batch_size, counted=True),
-            self._stream(valid, args.consumed_valid_samples, args.eval_micro_batch_size, counted=False),
-            self._stream(test, 0, args.eval_micro_batch_size, counted=False),
+            self._stream(train, args.consumed_train_samples, args.micro_batch_size, chunk, counted=True),
+            self._stream(valid, args.consumed_valid_samples, args.eval_micro_batch_size, chunk, counted=False),
+            self._stream(test, 0, args.eval_micro_batch_size, chunk, counted=False),
         )
 
-    def _stream(self, dataset: Any, consumed: int, micro_batch_size: int, *, counted: bool) -> MicroBatchStream | None:
+    def _stream(
+        self, dataset: Any, consumed: int, micro_batch_size: int, chunk: int, *, counted: bool
+    ) -> MicroBatchStream | None:
         if dataset is None:
             return None
         loader = _loader(dataset, consumed, micro_batch_size, get_args().num_workers)
-        return self.look_ahead.stream(loader, counted=counted)
+        return self.look_ahead.stream(loader, chunk=chunk, counted=counted)
 
 
 def build_datasets(args: argparse.Namespace, num_samples: Sequence[int]) -> tuple[Any, Any, Any]:

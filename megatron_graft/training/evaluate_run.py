@@ -7,6 +7,7 @@ import json
 import os
 import socket
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -29,14 +30,19 @@ from megatron_graft.training.identity import checkpoint_to_load
 from megatron_graft.training.loss_summaries import Classifier
 from megatron_graft.training.memory_setup import RunMemory
 from megatron_graft.training.other_banks import other_memories
-from megatron_graft.training.run import RUN_FILE, model_config, parse_arguments, rank_layout
+from megatron_graft.training.run import RUN_FILE, chunk_layouts, model_config, parse_arguments
 
 RESULT_FILE = "evaluation.json"
 # One process evaluates: its layout replaces the run's, and nothing but the weights is loaded.
 _ONE_PROCESS = (
     "--tensor-model-parallel-size", "1", "--pipeline-model-parallel-size", "1", "--expert-model-parallel-size", "1",
-    "--context-parallel-size", "1", "--no-load-optim", "--no-load-rng", "--micro-batch-size", "8",
-    "--global-batch-size", "8",
+    "--expert-tensor-parallel-size", "1", "--context-parallel-size", "1", "--no-load-optim", "--no-load-rng",
+    "--micro-batch-size", "8", "--global-batch-size", "8",
+)  # fmt: skip
+# How the layers were spread over a pipeline: nothing that could be appended would undo these.
+_OF_A_PIPELINE = (
+    "--num-layers-per-virtual-pipeline-stage", "--num-virtual-stages-per-pipeline-rank",
+    "--pipeline-model-parallel-layout", "--decoder-first-pipeline-num-layers", "--decoder-last-pipeline-num-layers",
 )  # fmt: skip
 
 
@@ -76,7 +82,7 @@ def evaluate_run(
     trained = argparse.ArgumentParser(allow_abbrev=False)
     trained.add_argument("--global-batch-size", type=int)
     batch = trained.parse_known_args(recorded)[0].global_batch_size
-    sys.argv = ["evaluate", *recorded, *_ONE_PROCESS, *extra]
+    sys.argv = ["evaluate", *_without(_OF_A_PIPELINE, recorded), *_ONE_PROCESS, *extra]
     _single_process_environment()
     args, settings, memory = parse_arguments()
     checkpoint = checkpoint_to_load(args)
@@ -91,7 +97,7 @@ def evaluate_run(
     model = _loaded_model(config)
     tokenizer = run_tokenizer(args)
     texts = {name: EvaluationText.read(prefix, tokenizer, _split_of(prefix, args)) for name, prefix in data.items()}
-    layout = rank_layout(memory, config.transformer)
+    (layout,) = chunk_layouts(memory, config.transformer)
     evaluator = Evaluator(
         model, args, tokenizer,
         fetcher=memory.fetcher(layout) if memory and layout else None,
@@ -122,6 +128,14 @@ def _recorded_arguments(run_dir: Path) -> list[str]:
         )  # fmt: skip
     arguments = json.loads(path.read_text(encoding="utf-8"))["arguments"]
     return [str(argument) for argument in arguments]
+
+
+def _without(flags: Iterable[str], arguments: list[str]) -> list[str]:
+    """The arguments without these flags, each of which has one value."""
+    parser = argparse.ArgumentParser(allow_abbrev=False, add_help=False)
+    for flag in flags:
+        parser.add_argument(flag)
+    return parser.parse_known_args(arguments)[1]
 
 
 def _check_names(memory_off: list[str], data: dict[str, str]) -> None:

@@ -1,16 +1,22 @@
-"""One micro-batch through the model: tokens and memory in, losses out."""
+"""One micro-batch through the model: tokens and memory in, losses out.
+
+The look-ahead and the verifier see whole sequences; the model sees those positions that its context-parallel rank has.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
 import torch
+from megatron.core import parallel_state
 from megatron.core.rerun_state_machine import get_rerun_state_machine
+from megatron.core.utils import get_batch_on_this_cp_rank
 from megatron.training import get_args, get_timers
 
-from megatron_graft.data.look_ahead import LookAhead
+from megatron_graft.data.look_ahead import CHUNK, LookAhead
+from megatron_graft.memory.layer import MEMORY_ARGUMENTS
 from megatron_graft.training.verification import Verifier
 
 _ON_DEVICE = ("tokens", "labels", "loss_mask", "position_ids", "attention_mask")
@@ -23,11 +29,11 @@ class ForwardStep:
 
     Args:
         look_ahead: has the memory of every micro-batch.
-        verifier: compares it in some steps, or None.
+        verifiers: for each model chunk what compares its memory in some steps, or None.
     """
 
-    def __init__(self, look_ahead: LookAhead, verifier: Verifier | None = None) -> None:
-        self.look_ahead, self.verifier = look_ahead, verifier
+    def __init__(self, look_ahead: LookAhead, verifiers: Sequence[Verifier | None]) -> None:
+        self.look_ahead, self.verifiers = look_ahead, verifiers
 
     def __call__(self, data_iterator: Any, model: Any) -> tuple[torch.Tensor, Callable[[torch.Tensor], _Loss]]:
         """Run the model on the iterator's next micro-batch.
@@ -44,8 +50,13 @@ class ForwardStep:
         memory = self.look_ahead.take(batch)
         if memory is not None:
             self._verify(batch, memory)
+        mine = get_batch_on_this_cp_rank(
+            {name: batch.get(name) for name in _ON_DEVICE},
+            is_hybrid_cp=False,
+            cp_group=parallel_state.get_context_parallel_group(),
+        )
         tensors: dict[str, Any] = {
-            name: batch[name].cuda(non_blocking=True) if batch.get(name) is not None else None for name in _ON_DEVICE
+            name: tensor if tensor is None else tensor.cuda(non_blocking=True) for name, tensor in mine.items()
         }
         timers("batch-generator").stop()
         output = run_model(model, tensors, memory)
@@ -53,8 +64,9 @@ class ForwardStep:
 
     def _verify(self, batch: dict[str, Any], memory: Memory) -> None:
         step = get_args().curr_iteration + 1  # the steps that are done, until this one is
-        if self.verifier is not None and self.verifier.is_due(step):
-            self.verifier.check(step, batch["tokens"], *memory)
+        verifier = self.verifiers[batch[CHUNK]]
+        if verifier is not None and verifier.is_due(step):
+            verifier.check(step, batch["tokens"], *memory)
 
 
 def run_model(model: Any, tensors: dict[str, Any], memory: Memory | None) -> torch.Tensor:
@@ -65,7 +77,7 @@ def run_model(model: Any, tensors: dict[str, Any], memory: Memory | None) -> tor
         tensors: ``tokens``, ``position_ids``, ``labels``, ``loss_mask`` ``[b, s]`` and ``attention_mask`` (or None).
         memory: the micro-batch's, or None on a stage without sites.
     """
-    carried = None if memory is None else {"context": memory[0], "context_mask": memory[1]}
+    carried = None if memory is None else dict(zip(MEMORY_ARGUMENTS, memory, strict=True))
     return model(
         tensors["tokens"],
         tensors["position_ids"],

@@ -89,46 +89,58 @@ SERVED = (
         layouts=("EP=2", "EP=2, allgather", "TP=2, sequence parallel, EP=2", "PP=2, EP=2"),
     ),
     Served(
+        dimension="expert tensor parallel apart from tensor parallel", flags="--expert-tensor-parallel-size",
+        how="nothing of its own", layouts=("TP=2, sequence parallel, EP=2, ETP=1",),
+    ),
+    Served(
         dimension="pipeline parallel", flags="--pipeline-model-parallel-size",
         how="every stage reads tokens itself; a stage without a site fetches nothing",
         layouts=("PP=2", "PP=2, EP=2", "TP=2, sequence parallel, PP=2"),
+    ),
+    Served(
+        dimension="interleaved pipeline",
+        flags="--num-layers-per-virtual-pipeline-stage --num-virtual-stages-per-pipeline-rank",
+        how="every virtual stage has a stream of its own, which fetches what its own sites read",
+        layouts=("PP=2, interleaved",),
+    ),
+    Served(
+        dimension="context parallel", flags="--context-parallel-size",
+        how="memory is found in whole sequences, and a rank gets that of the two chunks that Megatron gives it; each "
+        "chunk's left context for the convolution comes from the ranks that have it",
+        layouts=(
+            "CP=2", "CP=2, EP=2", "dense, CP=2", "dense, TP=2, CP=2", "TP=2, sequence parallel, CP=2", "PP=2, CP=2",
+        ),
     ),
     Served(
         dimension="gradient accumulation", flags="--global-batch-size", how="memory is an argument of each micro-batch",
         layouts=("single", "dense, micro-batch of 4"),
     ),
     Served(
+        dimension="multi-token prediction", flags="--mtp-num-layers",
+        how="prediction layers are stock ones and get no memory; the decoder's output that they read has it",
+        layouts=("MTP, PP=2", "MTP, EP=2"),
+    ),
+    Served(
         dimension="bf16 mixed precision", flags="--bf16", how="rows become bf16 at the site; fp32 main parameters",
         layouts=("bf16", "bf16, DP=2, distributed optimizer"),
     ),
     Served(
-        dimension="full recompute", flags="--recompute-granularity full --recompute-method uniform",
-        how="the packed memory is a saved input of the recomputed block", layouts=("PP=2, full recompute",),
+        dimension="full recompute", flags="--recompute-granularity full --recompute-method uniform|block",
+        how="the packed memory is a saved input of the recomputed block",
+        layouts=("PP=2, full recompute", "full recompute of some layers"),
+    ),
+    Served(
+        dimension="selective recompute", flags="--recompute-granularity selective --recompute-modules",
+        how="nothing of its own: a site's own activations are kept", layouts=("selective recompute",),
     ),
 )  # fmt: skip
 
 REFUSED = (
     Refused(
-        dimension="interleaved pipeline", flag="--virtual-pipeline-model-parallel-size",
-        applies=lambda args: args.virtual_pipeline_model_parallel_size is not None,
-        why="interleaved pipelines (--num-layers-per-virtual-pipeline-stage or "
-        "--num-virtual-stages-per-pipeline-rank) have no memory sites yet",
-    ),
-    Refused(
         dimension="tensor parallel without sequence parallel (MoE models)", flag="--tensor-model-parallel-size",
         applies=lambda args: args.tensor_model_parallel_size > 1 and not args.sequence_parallel and args.num_experts,
         why="Megatron's mixture of experts trains under tensor parallelism with --sequence-parallel only",
         remedy="Add --sequence-parallel.",
-    ),
-    Refused(
-        dimension="expert tensor parallel apart from tensor parallel", flag="--expert-tensor-parallel-size",
-        applies=lambda args: args.num_experts
-        and args.expert_tensor_parallel_size not in (None, args.tensor_model_parallel_size),
-        why="sites are tested with experts split as the rest of the layer",
-    ),
-    Refused(
-        dimension="multi-token prediction", flag="--mtp-num-layers",
-        applies=lambda args: args.mtp_num_layers is not None, why="multi-token prediction beside sites is not tested",
     ),
     Refused(
         dimension="CUDA graphs", flag="--cuda-graph-impl", applies=lambda args: args.cuda_graph_impl != "none",
@@ -188,8 +200,14 @@ REFUSED_WITH_TRAINED_ROWS = (
 # What our data iterator cannot serve, with or without a memory.
 REFUSED_DATA = (
     Refused(
-        dimension="context parallel", flag="--context-parallel-size",
-        applies=lambda args: args.context_parallel_size > 1, why="the sequence is not split for it yet",
+        dimension="context parallel, local attention with dropout", flag="--attention-dropout",
+        applies=lambda args: args.context_parallel_size > 1
+        and args.transformer_impl == "local" and args.attention_dropout > 0,
+        why="the local attention has no context parallelism with dropout", remedy="Set it to 0.",
+    ),
+    Refused(
+        dimension="hybrid context parallel", flag="--hybrid-context-parallel",
+        applies=lambda args: args.hybrid_context_parallel, why="every sequence is cut over all context-parallel ranks",
     ),
     Refused(
         dimension="other data loaders", flag="--dataloader-type",
@@ -214,7 +232,8 @@ REFUSED_DATA = (
     ),
     Refused(
         dimension="packed sequences", flag="--dataloader-inter-document-masking",
-        applies=lambda args: args.dataloader_inter_document_masking, why="packed sequences",
+        applies=lambda args: args.dataloader_inter_document_masking,
+        why="memory is laid out by sequence, and packed attention needs Transformer Engine",
     ),
     Refused(
         dimension="attention within documents, local attention", flag="--reset-attention-mask",

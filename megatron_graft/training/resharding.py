@@ -14,7 +14,13 @@ from megatron.core import dist_checkpointing
 from megatron_graft.errors import ConfigError
 from megatron_graft.training.identity import checkpoint_to_load
 
-_SIZES = ("tensor_model_parallel_size", "pipeline_model_parallel_size", "expert_model_parallel_size")
+# What a layout's optimizer state depends on unless it is fully reshardable, and the flag that sets it.
+_SIZES = {
+    "tensor_model_parallel_size": "--tensor-model-parallel-size",
+    "pipeline_model_parallel_size": "--pipeline-model-parallel-size",
+    "virtual_pipeline_model_parallel_size": "--num-layers-per-virtual-pipeline-stage",
+    "expert_model_parallel_size": "--expert-model-parallel-size",
+}
 _WEIGHTS_ONLY = "Add --no-load-optim to start with fresh optimizer state, or keep the layout."
 
 
@@ -55,10 +61,10 @@ def _check_optimizer(args: argparse.Namespace, saved: Any) -> None:
         )  # fmt: skip
     if not args.use_distributed_optimizer or getattr(saved, "dist_ckpt_optim_fully_reshardable", False):
         return
-    for name in _SIZES:
+    for name, flag in _SIZES.items():
         if getattr(args, name) != getattr(saved, name):
             raise ConfigError(
-                f"--{name.replace('_', '-')}",
+                flag,
                 f"differs from that of {args.load}, which was saved without --dist-ckpt-optim-fully-reshardable: its "
                 "optimizer state follows another number of data-parallel ranks only",
                 got=getattr(args, name), expected=getattr(saved, name),

@@ -10,7 +10,7 @@ import argparse
 import functools
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,7 @@ from megatron_graft.data.memory_layout import MemoryLayout
 from megatron_graft.data.transfer import CudaTransfer, HostTransfer
 from megatron_graft.files import write_json_atomically
 from megatron_graft.log import get_logger
-from megatron_graft.models.gpt import layer_spec_factory
+from megatron_graft.models.gpt import keep_memory_from_mtp, layer_spec_factory
 from megatron_graft.models.stage import stage_layout, stage_sites
 from megatron_graft.training.arguments import add_graft_arguments, graft_settings
 from megatron_graft.training.data_provider import DatasetProvider
@@ -77,25 +77,34 @@ def model_config(args: argparse.Namespace, memory: RunMemory | None) -> Any:
     """Megatron's GPT configuration of the run, with our layer spec in it."""
     config = gpt_config_from_args(args)
     config.transformer_layer_spec = layer_spec_factory(memory.sites if memory else {})
+    config.pre_wrap_hooks.append(keep_memory_from_mtp)
     return config
 
 
-def rank_layout(memory: RunMemory | None, transformer_config: Any) -> MemoryLayout | None:
-    """What a micro-batch brings to this rank; None if no site lies on its pipeline stage. Process groups must exist."""
-    sites = stage_sites(memory.sites, transformer_config) if memory else {}
-    return stage_layout(sites, transformer_config) if sites else None
+def chunk_layouts(memory: RunMemory | None, transformer_config: Any) -> tuple[MemoryLayout | None, ...]:
+    """What a micro-batch brings to each model chunk of this rank; None where no site lies. Process groups must exist.
+
+    A rank has one chunk, or one for each of its virtual stages.
+    """
+    virtual = transformer_config.virtual_pipeline_model_parallel_size
+    chunks = [None] if virtual is None else range(virtual)
+    sites = [stage_sites(memory.sites, transformer_config, chunk) if memory else {} for chunk in chunks]
+    return tuple(stage_layout(here, transformer_config) if here else None for here in sites)
 
 
 def build_look_ahead(
-    args: argparse.Namespace, settings: GraftSettings, memory: RunMemory | None, layout: MemoryLayout | None
+    args: argparse.Namespace,
+    settings: GraftSettings,
+    memory: RunMemory | None,
+    layouts: Sequence[MemoryLayout | None],
 ) -> LookAhead:
-    """The look-ahead of this rank: it fetches only if one of the run's sites lies on this pipeline stage."""
+    """The look-ahead of this rank: it fetches for those of its model chunks that own one of the run's sites."""
     on_cuda = torch.device(torch.cuda.current_device()).type == "cuda"
     transfer = CudaTransfer(torch.device("cuda", torch.cuda.current_device())) if on_cuda else HostTransfer()
     per_step = args.global_batch_size // (args.micro_batch_size * args.data_parallel_size)
     depth = settings.look_ahead or max(2, per_step)
-    fetcher = memory.fetcher(layout, pin=on_cuda) if memory and layout else None
-    return LookAhead(fetcher, transfer, depth)
+    fetchers = [memory.fetcher(layout, pin=on_cuda) if memory and layout else None for layout in layouts]
+    return LookAhead(fetchers, transfer, depth)
 
 
 def run_pretraining() -> None:
@@ -132,13 +141,13 @@ class _DeferredSetup:
         self._last_logged = -1
 
     @functools.cached_property
-    def layout(self) -> MemoryLayout | None:
+    def layouts(self) -> tuple[MemoryLayout | None, ...]:
         check_same_on_all_ranks(getattr(self.args, ARGUMENT))
-        return rank_layout(self.memory, self.transformer)
+        return chunk_layouts(self.memory, self.transformer)
 
     @functools.cached_property
     def look_ahead(self) -> LookAhead:
-        return build_look_ahead(self.args, self.settings, self.memory, self.layout)
+        return build_look_ahead(self.args, self.settings, self.memory, self.layouts)
 
     @functools.cached_property
     def metrics(self) -> RunMetrics:
@@ -165,10 +174,12 @@ class _DeferredSetup:
 
     @functools.cached_property
     def _step(self) -> ForwardStep:
-        verifier = None
-        if self.memory and self.layout and self.settings.verify_every:
-            verifier = Verifier(self.memory.reference_fetcher(self.layout), self.settings.verify_every, self.args.rank)
-        return ForwardStep(self.look_ahead, verifier)
+        return ForwardStep(self.look_ahead, [self._verifier(layout) for layout in self.layouts])
+
+    def _verifier(self, layout: MemoryLayout | None) -> Verifier | None:
+        if self.memory is None or layout is None or not self.settings.verify_every:
+            return None
+        return Verifier(self.memory.reference_fetcher(layout), self.settings.verify_every, self.args.rank)
 
     def forward_step(self, data_iterator: Any, model: Any) -> Any:
         return self._step(data_iterator, model)

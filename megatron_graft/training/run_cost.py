@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from megatron_graft.data.memory_layout import MemoryLayout, SiteReading
 from megatron_graft.data.microbatch import content_bytes
 from megatron_graft.data.partition import Partition
+from megatron_graft.memory.halo import moves
 from megatron_graft.training.run_terms import TextShape
 
 GRADIENT_BYTES = 4
@@ -37,9 +38,10 @@ class RunShape:
 
     Attributes:
         world_size: ranks.
-        tensor, pipeline, data: T, pipeline stages, data-parallel ranks.
+        tensor, context, pipeline, data: T, context-parallel ranks, pipeline stages, data-parallel ranks.
+        virtual: model chunks of each pipeline rank.
         sequence_parallel: whether hidden states are split over the tensor-parallel ranks.
-        distributed_optimizer: whether optimizer state is split over the data-parallel ranks.
+        distributed_optimizer: whether optimizer state is split over the data- and context-parallel ranks.
         num_layers: of the model.
         hidden: H.
         sequence: S.
@@ -51,7 +53,9 @@ class RunShape:
 
     world_size: int
     tensor: int
+    context: int
     pipeline: int
+    virtual: int
     data: int
     sequence_parallel: bool
     distributed_optimizer: bool
@@ -63,14 +67,20 @@ class RunShape:
     element_bytes: int
     sites: tuple[SitePlan, ...]
 
-    def stage_of(self, layer: int) -> int:
-        """Pipeline stage of a layer, from 0; layers are split evenly."""
-        return (layer - 1) * self.pipeline // self.num_layers
+    def place_of(self, layer: int) -> tuple[int, int]:
+        """Pipeline stage and chunk of a layer, from 0; layers are split evenly."""
+        chunk, stage = divmod((layer - 1) * self.pipeline * self.virtual // self.num_layers, self.pipeline)
+        return stage, chunk
 
     @property
     def positions(self) -> int:
         """Positions of a micro-batch on one rank, B * s."""
-        return self.micro_batch * self.sequence // (self.tensor if self.sequence_parallel else 1)
+        return self.micro_batch * self.sequence // (self.context * (self.tensor if self.sequence_parallel else 1))
+
+    @property
+    def copies(self) -> int:
+        """Ranks that hold the same parameters and share their optimizer state: data- and context-parallel ones."""
+        return self.data * self.context
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,6 +90,11 @@ class Collective:
     name: str
     handed: float
     on_the_wire: float
+
+    def plus(self, other: Collective) -> Collective:
+        """Of this and another one of the same name together."""
+        handed, on_the_wire = self.handed + other.handed, self.on_the_wire + other.on_the_wire
+        return Collective(name=self.name, handed=handed, on_the_wire=on_the_wire)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,17 +123,40 @@ class StageCost:
     device_bytes: float
     collectives: tuple[Collective, ...]
 
+    def plus(self, other: StageCost) -> StageCost:
+        """Of this and another chunk of the same stage together."""
+        merged = {one.name: one for one in self.collectives}
+        for one in other.collectives:
+            merged[one.name] = merged[one.name].plus(one) if one.name in merged else one
+        return StageCost(
+            stage=self.stage,
+            layers=tuple(sorted(self.layers + other.layers)),
+            dense=self.dense + other.dense,
+            table=self.table + other.table,
+            state_bytes=self.state_bytes + other.state_bytes,
+            rows=self.rows + other.rows,
+            row_bytes=self.row_bytes + other.row_bytes,
+            device_bytes=self.device_bytes + other.device_bytes,
+            collectives=tuple(merged.values()),
+        )
+
 
 def stage_costs(run: RunShape, text: TextShape) -> list[StageCost]:
     """The stages that hold a site, in order."""
-    stages = sorted({run.stage_of(site.reading.layer_number) for site in run.sites})
-    return [_stage_cost(run, text, stage) for stage in stages]
+    chunks: dict[tuple[int, int], list[SitePlan]] = {}
+    for site in sorted(run.sites, key=lambda site: site.reading.layer_number):
+        chunks.setdefault(run.place_of(site.reading.layer_number), []).append(site)
+    stages: dict[int, StageCost] = {}
+    for (stage, _), sites in sorted(chunks.items()):
+        cost = _chunk_cost(run, text, stage, sites)
+        stages[stage] = stages[stage].plus(cost) if stage in stages else cost
+    return list(stages.values())
 
 
 def state_bytes(parameters: float, run: RunShape) -> float:
     """Bytes of parameters with float32 gradients and Adam's two moments, and a float32 copy of 16-bit ones."""
     kept = 8 if run.element_bytes == 4 else 12
-    return parameters * (run.element_bytes + GRADIENT_BYTES + kept / (run.data if run.distributed_optimizer else 1))
+    return parameters * (run.element_bytes + GRADIENT_BYTES + kept / (run.copies if run.distributed_optimizer else 1))
 
 
 def forward_flops(run: RunShape) -> float:
@@ -130,9 +168,8 @@ def forward_flops(run: RunShape) -> float:
     return flops
 
 
-def _stage_cost(run: RunShape, text: TextShape, stage: int) -> StageCost:
-    sites = [site for site in run.sites if run.stage_of(site.reading.layer_number) == stage]
-    partition = Partition(rank=0, size=run.tensor, sequence_parallel=run.sequence_parallel)
+def _chunk_cost(run: RunShape, text: TextShape, stage: int, sites: list[SitePlan]) -> StageCost:
+    partition = Partition(size=run.tensor, sequence_parallel=run.sequence_parallel, context_size=run.context)
     layout = MemoryLayout.of([site.reading for site in sites], partition)
     dense = sum(_dense_parameters(run, site, partition) for site in sites)
     table = sum(_table_parameters(site.reading, partition) for site in sites)
@@ -190,14 +227,16 @@ def _collectives(
     ranks, activation = run.tensor, run.element_bytes
     if ranks > 1:
         yield from _tensor_parallel(run, text, sites, layout, dense)
-    if run.data > 1:
+    if sent := _halo_bytes(run, sites, layout.partition):
+        yield Collective(name="halo of the convolution", handed=sent, on_the_wire=sent)
+    if run.copies > 1:
         gradients = (dense + table) * GRADIENT_BYTES
-        ring = (run.data - 1) / run.data
+        ring = (run.copies - 1) / run.copies
         if run.distributed_optimizer:
             parameters = (dense + table) * activation
             yield Collective(name="reduce-scatter of gradients", handed=gradients, on_the_wire=gradients * ring)
             yield Collective(
-                name="all-gather of parameters", handed=parameters / run.data, on_the_wire=parameters * ring
+                name="all-gather of parameters", handed=parameters / run.copies, on_the_wire=parameters * ring
             )
         else:
             yield Collective(name="all-reduce of gradients", handed=gradients, on_the_wire=2 * gradients * ring)
@@ -223,10 +262,6 @@ def _tensor_parallel(
     if exchanged:
         yield Collective(name="all-to-all of table rows", handed=exchanged, on_the_wire=exchanged * ring)
     if run.sequence_parallel:
-        halo = sum((site.conv_kernel - 1) * site.conv_dilation for site in sites if site.conv_kernel)
-        # Forward and back, but the ends of the row of ranks send one way only.
-        sent = 2.0 * run.micro_batches * activation * halo * run.micro_batch * run.hidden * ring
-        yield Collective(name="halo of the convolution", handed=sent, on_the_wire=sent)
         yield Collective(
             name="all-reduce of replicated gradients", handed=dense * GRADIENT_BYTES,
             on_the_wire=2 * dense * GRADIENT_BYTES * ring,
@@ -234,3 +269,13 @@ def _tensor_parallel(
     else:
         summed = 2.0 * run.hidden * run.positions * activation * run.micro_batches * len(sites)
         yield Collective(name="all-reduce of keys and values", handed=summed, on_the_wire=2 * summed * ring)
+
+
+def _halo_bytes(run: RunShape, sites: list[SitePlan], partition: Partition) -> float:
+    """What a rank sends to others, on average over the ranks of a sequence, forward and back."""
+    positions = 0.0
+    for site in sites:
+        halo = max(0, site.conv_kernel - 1) * site.conv_dilation
+        away = [move.count for move in moves(partition, run.sequence, halo) if move.source != move.target]
+        positions += sum(away) / len(partition.others())
+    return 2.0 * run.micro_batches * run.element_bytes * positions * run.micro_batch * run.hidden

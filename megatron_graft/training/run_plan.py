@@ -70,7 +70,9 @@ def plan_run(flags: Sequence[str], world_size: int, bank: BankShape | None = Non
     shape = RunShape(
         world_size=world_size,
         tensor=args.tensor_model_parallel_size,
+        context=args.context_parallel_size,
         pipeline=args.pipeline_model_parallel_size,
+        virtual=args.virtual_pipeline_model_parallel_size or 1,
         data=args.data_parallel_size,
         sequence_parallel=args.sequence_parallel,
         distributed_optimizer=args.use_distributed_optimizer,
@@ -115,7 +117,7 @@ def _backbone_state(args: argparse.Namespace) -> float:
     if args.bf16 or args.fp16:
         return bytes_bf16
     # Of float32: 4 + 4 + 8 in place of 2 + 4 + 12, where state is not split; where it is, 8 + 8/d in place of 6 + 12/d.
-    split = args.data_parallel_size if args.use_distributed_optimizer else 1
+    split = args.data_parallel_size * args.context_parallel_size if args.use_distributed_optimizer else 1
     return bytes_bf16 * (8 + 8 / split) / (6 + 12 / split)
 
 

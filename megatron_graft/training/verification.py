@@ -71,8 +71,8 @@ class _Comparison:
         if torch.equal(got, wanted):
             return
         place = tuple((got != wanted).nonzero()[0].tolist())
-        first = self.verifier.reference.layout.partition.positions(self.tokens_BS.shape[1]).start
-        self._fail(what, (place[0], first + place[1]), got[place].item(), wanted[place].item())
+        position = self.verifier.reference.layout.partition.position(self.tokens_BS.shape[1], place[1])
+        self._fail(what, (place[0], position), got[place].item(), wanted[place].item())
 
     def sizes(self, got: torch.Tensor, wanted: torch.Tensor) -> None:
         """Sizes ``[2, T]`` of the exchange of one table."""
@@ -100,10 +100,9 @@ class _Comparison:
     def _first_reader(self, number: int, row: int, asker: int) -> tuple[int, int]:
         """The first (sequence, position of the whole sequence) at which a rank reads a row of a table."""
         partition, rows_BSK = self.verifier.reference.layout.partition, self._rows(number)
-        positions = partition.positions(rows_BSK.shape[1], asker)
         heads = slice(*partition.heads(rows_BSK.shape[2], asker))
-        sequence, position, _ = np.argwhere(rows_BSK[:, positions, heads] == row)[0].tolist()
-        return sequence, positions.start + position
+        sequence, place, _ = np.argwhere(partition.part(rows_BSK[..., heads], asker) == row)[0].tolist()
+        return sequence, partition.position(rows_BSK.shape[1], place, asker)
 
     def _rows(self, number: int) -> np.ndarray:
         """int64 ``[B, S, K]``, the rows of a table that whole sequences read, -1 where nothing is read."""

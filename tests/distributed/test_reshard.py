@@ -16,6 +16,7 @@ LOSSES, PARAMETERS, MOMENTS = 1e-5, 1e-4, 1e-3  # relative, as in test_layouts
 Runs = Callable[[str], Finished]
 PAIRS = [
     ("single", "DP=2"), ("single", "TP=2, SP"), ("single", "PP=2"), ("TP=2, SP", "PP=2"), ("PP=2", "single"),
+    ("single", "CP=2"), ("CP=2", "PP=2, interleaved"),
     ("EP=2", "TP=2, SP, EP=2"), ("EP=2", "PP=2, EP=2"), ("PP=2, EP=2", "EP=2"),
     ("single, plain optimizer", "TP=2, SP, plain optimizer"),
 ]  # fmt: skip

@@ -21,6 +21,9 @@ RESUMED = {
     "TP=2, sequence parallel": (),
     "EP=2": (),
     "PP=2": ("--graft-layers", 2, "--graft-donor-layers", 4, "--engram-layers", 2),
+    "PP=2, interleaved": (),
+    "CP=2": (),
+    "MTP, PP=2": (),
 }
 
 
@@ -72,7 +75,7 @@ def test_stopped_killed_and_resumed_equals_uninterrupted(world: World, fresh: Fi
 @pytest.mark.parametrize("name", RESUMED)
 def test_every_layout_resumes_to_the_last_bit(name: str, world: World, tmp_path: Path) -> None:
     layout = LAYOUTS[name]
-    flags = [*world_flags(world, "exclusive"), *RESUMED[name], *layout.flags]
+    flags = [*world_flags(world, layout.world), *RESUMED[name], *layout.flags]
 
     def run(part: str, checkpoints: Path, *more: Any) -> Finished:
         finished = in_parts(flags, tmp_path / part, checkpoints, *more, processes=layout.processes)

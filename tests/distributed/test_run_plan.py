@@ -24,7 +24,7 @@ LEDGER = "tests.helpers.pretrain_with_ledger"
 TP2 = ("--tensor-model-parallel-size", 2)
 LAYOUTS = {
     "TP=2, sequence parallel, PP=2": ("sum", (*TP2, "--sequence-parallel", "--pipeline-model-parallel-size", 2)),
-    "TP=2, sequence parallel, DP=2": ("sum", (*TP2, "--sequence-parallel")),
+    "TP=2, sequence parallel, CP=2": ("sum", (*TP2, "--sequence-parallel", "--context-parallel-size", 2)),
     "dense, TP=2, DP=2": ("dense", TP2),
 }
 # Function of torch.distributed -> the plan's collectives that end there.

@@ -45,12 +45,15 @@ WORLDS: dict[str, tuple[Any, ...]] = {
     "sum": ("--graft-donor-layers", "4,8", 8, *TABLES, "--graft-combine", "sum", "--graft-conv-kernel", 3,
             "--graft-conv-dilation", 2, "--engram-across-documents"),
     "dense": ("--graft-donor-layers", "4,8", 4, *TABLES, "--graft-combine", "sum"),
+    "mtp": ("--graft-donor-layers", 4, 8, *TABLES, "--mtp-num-layers", 1),
 }
 TP2 = ("--tensor-model-parallel-size", 2)
 SP, PP2, EP2 = ("--sequence-parallel",), ("--pipeline-model-parallel-size", 2), ("--expert-model-parallel-size", 2)
 DISTRIBUTED_OPTIMIZER = ("--use-distributed-optimizer",)
 ALLGATHER = ("--moe-token-dispatcher-type", "allgather")
 RECOMPUTE = ("--recompute-granularity", "full", "--recompute-method", "uniform", "--recompute-num-layers", 1)
+CP2 = ("--context-parallel-size", 2)
+INTERLEAVED = ("--num-layers-per-virtual-pipeline-stage", 1)
 LAYOUTS = {
     "single": Layout(),
     "DP=2": Layout(processes=2),
@@ -63,6 +66,19 @@ LAYOUTS = {
     "EP=2, allgather": Layout(processes=2, flags=(*EP2, *ALLGATHER), split=Split(expert=2)),
     "PP=2": Layout(processes=2, flags=PP2, split=Split(pipeline=2)),
     "PP=2, full recompute": Layout(processes=2, flags=(*PP2, *RECOMPUTE), split=Split(pipeline=2)),
+    "full recompute of some layers": Layout(
+        flags=("--recompute-granularity", "full", "--recompute-method", "block", "--recompute-num-layers", 3)
+    ),
+    "selective recompute": Layout(
+        flags=("--recompute-granularity", "selective", "--recompute-modules", "core_attn", "moe")
+    ),
+    "PP=2, interleaved": Layout(
+        processes=2, flags=(*PP2, *INTERLEAVED), split=Split(pipeline=2, virtual=2)
+    ),
+    "TP=2, sequence parallel, EP=2, ETP=1": Layout(
+        processes=2, flags=(*TP2, *SP, *EP2, "--expert-tensor-parallel-size", 1),
+        split=Split(tensor=2, expert=2, folded=True, sequence_parallel=True),
+    ),
     "TP=2, sequence parallel, EP=2": Layout(
         processes=4, flags=(*TP2, *SP, *EP2), split=Split(tensor=2, expert=2, sequence_parallel=True)
     ),
@@ -72,13 +88,28 @@ LAYOUTS = {
     "TP=2, sequence parallel, PP=2": Layout(
         processes=4, flags=(*TP2, *SP, *PP2), split=Split(tensor=2, pipeline=2, sequence_parallel=True)
     ),
+    "CP=2": Layout(processes=2, flags=CP2),
+    "CP=2, EP=2": Layout(processes=2, flags=(*CP2, *EP2), split=Split(expert=2)),
+    "PP=2, CP=2": Layout(
+        processes=4, flags=(*PP2, *CP2, *DISTRIBUTED_OPTIMIZER), split=Split(pipeline=2)
+    ),
+    "TP=2, sequence parallel, CP=2": Layout(
+        processes=4, flags=(*TP2, *SP, *CP2), split=Split(tensor=2, sequence_parallel=True)
+    ),
     "sum": Layout(world="sum", reference="sum"),
     "sum, TP=2, sequence parallel": Layout(
         processes=2, flags=(*TP2, *SP), split=Split(tensor=2, sequence_parallel=True), world="sum", reference="sum"
     ),
     "dense": Layout(world="dense", reference="dense"),
     "dense, TP=2": Layout(processes=2, flags=TP2, split=Split(tensor=2), world="dense", reference="dense"),
+    "dense, CP=2": Layout(processes=2, flags=CP2, world="dense", reference="dense"),
+    "dense, TP=2, CP=2": Layout(
+        processes=4, flags=(*TP2, *CP2), split=Split(tensor=2), world="dense", reference="dense"
+    ),
     "dense, micro-batch of 4": Layout(flags=("--micro-batch-size", 4), world="dense", reference="dense"),
+    "MTP": Layout(world="mtp", reference="MTP"),
+    "MTP, PP=2": Layout(processes=2, flags=PP2, split=Split(pipeline=2), world="mtp", reference="MTP"),
+    "MTP, EP=2": Layout(processes=2, flags=EP2, split=Split(expert=2), world="mtp", reference="MTP"),
     "bf16": Layout(flags=("--bf16",), close=True),
     "bf16, DP=2, distributed optimizer": Layout(
         processes=2, flags=("--bf16", *DISTRIBUTED_OPTIMIZER), reference="bf16"

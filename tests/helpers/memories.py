@@ -123,16 +123,31 @@ def layout_of(memory: RunMemory, partition: Partition | None = None) -> MemoryLa
     return MemoryLayout.of((site.reading for site in memory.sites.values()), partition or Partition())
 
 
-def ranks(size: int, sequence_parallel: bool) -> list[Partition]:
-    """The places of all tensor-parallel ranks of a layer."""
-    return [Partition(rank=rank, size=size, sequence_parallel=sequence_parallel) for rank in range(size)]
+def ranks(size: int, sequence_parallel: bool, context: tuple[int, int] = (0, 1)) -> list[Partition]:
+    """The places of all tensor-parallel ranks of a layer: of one context-parallel rank, given with their number."""
+    place, contexts = context
+    return [
+        Partition(rank=rank, size=size, sequence_parallel=sequence_parallel, context_rank=place, context_size=contexts)
+        for rank in range(size)
+    ]
+
+
+def positions_of(place: Partition, length: int, rank: int | None = None) -> np.ndarray:
+    """int64 ``[s]``: which of ``length`` positions a tensor-parallel rank (default: the place's own) works on."""
+    here = np.arange(length)
+    if place.context_size > 1:
+        chunks = np.split(here, 2 * place.context_size)
+        here = np.concatenate([chunks[place.context_rank], chunks[-1 - place.context_rank]])
+    if not place.sequence_parallel:
+        return here
+    return np.array_split(here, place.size)[place.rank if rank is None else rank]
 
 
 def fetch_on_all(
-    memory: RunMemory, tokens_BS: torch.Tensor, size: int, sequence_parallel: bool
+    memory: RunMemory, tokens_BS: torch.Tensor, size: int, sequence_parallel: bool, context: tuple[int, int] = (0, 1)
 ) -> list[MicroBatchMemory]:
-    """The same micro-batch as each tensor-parallel rank fetches it."""
-    places = ranks(size, sequence_parallel)
+    """The same micro-batch as each tensor-parallel rank (of one context-parallel rank) fetches it."""
+    places = ranks(size, sequence_parallel, context)
     return [memory.fetcher(layout_of(memory, place)).fetch(tokens_BS, 0).memory for place in places]
 
 

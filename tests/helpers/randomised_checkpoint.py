@@ -68,10 +68,11 @@ class Measurement:
 
     def __init__(self, model: Any, args: Any, memory: Any) -> None:
         from megatron_graft.training.data_provider import build_datasets
-        from megatron_graft.training.run import rank_layout
+        from megatron_graft.training.run import chunk_layouts
 
         self.model, self.args, self.memory = model.train(), args, memory
-        self.fetcher = memory.fetcher(rank_layout(memory, model.config))
+        (layout,) = chunk_layouts(memory, model.config)
+        self.fetcher = memory.fetcher(layout)
         train, _, _ = build_datasets(args, (args.train_iters * args.global_batch_size, 0, 0))
         first = args.consumed_train_samples
         self.samples = [train[index] for index in range(first, first + args.global_batch_size)]
@@ -105,10 +106,12 @@ class Measurement:
         """Mean loss over the global batch, and the gradient of each parameter, micro-batch by micro-batch."""
         import torch
         from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
+        from megatron.core.transformer.multi_token_prediction import MTPLossAutoScaler
 
         size = self.args.micro_batch_size
         parts = [self.samples[start : start + size] for start in range(0, len(self.samples), size)]
-        MoEAuxLossAutoScaler.set_loss_scale(torch.tensor(1 / len(parts)))
+        for scaler in (MoEAuxLossAutoScaler, MTPLossAutoScaler):
+            scaler.set_loss_scale(torch.tensor(1 / len(parts)))
         self.model.zero_grad()
         total = 0.0
         for part in parts:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tests.helpers.layouts import DISTRIBUTED_OPTIMIZER, EP2, PP2, SP, TP2, world_flags
+from tests.helpers.layouts import CP2, DISTRIBUTED_OPTIMIZER, EP2, INTERLEAVED, PP2, SP, TP2, world_flags
 from tests.helpers.tiny_run import PRETRAIN, Finished, World, launch
 
 HALF, WHOLE = 3, 6
@@ -26,6 +26,8 @@ SIDES = {
     "DP=2": Side(2, RESHARDABLE),
     "TP=2, SP": Side(2, (*TP2, *SP, *RESHARDABLE)),
     "PP=2": Side(2, (*PP2, *RESHARDABLE)),
+    "PP=2, interleaved": Side(2, (*PP2, *INTERLEAVED, *RESHARDABLE)),
+    "CP=2": Side(2, (*CP2, *RESHARDABLE)),
     "EP=2": Side(2, (*EP2, *RESHARDABLE)),
     "TP=2, SP, EP=2": Side(4, (*TP2, *SP, *EP2, *RESHARDABLE)),
     "PP=2, EP=2": Side(4, (*PP2, *EP2, *RESHARDABLE)),

@@ -21,12 +21,26 @@ _MEMORY_COLUMNS = re.compile(r"\.memory\.(graft|engram)\.(key|value)_weight$")
 
 @dataclass(frozen=True, kw_only=True)
 class Split:
-    """Over how many ranks a model is split, and how."""
+    """Over how many ranks a model is split, and how.
+
+    Attributes:
+        tensor, pipeline, expert: over how many ranks.
+        virtual: model chunks of each pipeline rank.
+        folded: whole experts are split over the tensor-parallel ranks (--expert-tensor-parallel-size 1).
+        sequence_parallel: whether positions are.
+    """
 
     tensor: int = 1
     pipeline: int = 1
     expert: int = 1
+    virtual: int = 1
+    folded: bool = False
     sequence_parallel: bool = False
+
+    def groups(self) -> list[tuple[int, list[int]]]:
+        """(pipeline rank, expert-parallel rank of each tensor-parallel rank) of ranks that hold one model together."""
+        experts = [list(range(self.tensor))] if self.folded else [[e] * self.tensor for e in range(self.expert)]
+        return list(itertools.product(range(self.pipeline), experts))
 
     def file_of(self, tensor: int, pipeline: int, expert: int) -> str:
         """The file that Megatron writes the gradients of a rank to."""
@@ -44,17 +58,27 @@ def read_gradients(checkpoints: Path, iteration: int, split: Split | None = None
         split: over which ranks the model was split; sharded parameters are joined, replicated ones are copies.
     """
     split, directory = split or Split(), checkpoints / "wgrads" / f"iter_{iteration:07d}"
-    if len(files := list(directory.glob("*.pth"))) != split.tensor * split.pipeline * split.expert:
+    if len(files := list(directory.glob("*.pth"))) != len(split.groups()) * split.tensor:
         raise AssertionError(f"{len(files)} gradient files in {directory} for {split}")
     copies: dict[str, list[torch.Tensor]] = {}
-    for pipeline, expert in itertools.product(range(split.pipeline), range(split.expert)):
-        ranks = [
-            torch.load(directory / split.file_of(t, pipeline, expert))["model_chunk0"] for t in range(split.tensor)
-        ]
-        for name in ranks[0]:
-            whole = _join([rank[name] for rank in ranks], name, split) if split.tensor > 1 else [ranks[0][name]]
-            copies.setdefault(_global_name(name, pipeline, expert, ranks[0]), []).extend(whole)
+    for pipeline, experts in split.groups():
+        files = [torch.load(directory / split.file_of(t, pipeline, e)) for t, e in enumerate(experts)]
+        for chunk in range(split.virtual):
+            ranks, stage = [file[f"model_chunk{chunk}"] for file in files], chunk * split.pipeline + pipeline
+            for name in ranks[0]:
+                for whole, expert in _wholes(ranks, name, split, experts):
+                    copies.setdefault(_global_name(name, stage, expert, ranks[0]), []).append(whole)
     return copies
+
+
+def _wholes(
+    ranks: list[dict[str, torch.Tensor]], name: str, split: Split, experts: list[int]
+) -> list[tuple[torch.Tensor, int]]:
+    """The whole gradients of that name on some tensor-parallel ranks, each with the expert-parallel rank it is of."""
+    parts = [rank[name] for rank in ranks]
+    if split.folded and "local_experts" in name:
+        return list(zip(parts, experts, strict=True))
+    return [(whole, experts[0]) for whole in (_join(parts, name, split) if split.tensor > 1 else parts)]
 
 
 def _join(parts: list[torch.Tensor], name: str, split: Split) -> list[torch.Tensor]:
@@ -68,9 +92,9 @@ def _join(parts: list[torch.Tensor], name: str, split: Split) -> list[torch.Tens
     return parts
 
 
-def _global_name(name: str, pipeline: int, expert: int, rank: dict[str, torch.Tensor]) -> str:
-    """Layers and experts are numbered from 0 on each rank, and each rank has equally many."""
-    for pattern, place in ((r"(?<=layers\.)\d+", pipeline), (r"(?<=local_experts\.)\d+", expert)):
+def _global_name(name: str, stage: int, expert: int, rank: dict[str, torch.Tensor]) -> str:
+    """Layers and experts are numbered from 0 on each stage and rank, and each has equally many."""
+    for pattern, place in ((r"(?<=decoder\.layers\.)\d+", stage), (r"(?<=local_experts\.)\d+", expert)):
         here = len({found.group() for other in rank if (found := re.search(pattern, other))})
         name = re.sub(pattern, lambda found, first=place * here: str(int(found.group()) + first), name)
     return name

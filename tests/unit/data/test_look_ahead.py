@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from megatron_graft.bank.reader import Bank
-from megatron_graft.data.look_ahead import SEQUENCE_NUMBER, Batch, LookAhead
+from megatron_graft.data.look_ahead import CHUNK, SEQUENCE_NUMBER, Batch, LookAhead
 from megatron_graft.data.memory_layout import MemoryLayout, SiteReading
 from megatron_graft.data.microbatch import MicroBatchMemory
 from megatron_graft.data.transfer import HostTransfer
@@ -24,18 +24,19 @@ def bank(tmp_path: Path) -> Bank:
 def look_ahead_over(bank: Bank | None, depth: int = 2) -> LookAhead:
     """Of a site that reads the bank, and a hashed table where that has no match."""
     if bank is None:
-        return LookAhead(None, HostTransfer(), depth)
+        return LookAhead([None], HostTransfer(), depth)
     engram = small_tables()
     site = SiteReading(layer_number=2, graft=graft_reading(bank), engram=engram_reading(engram), exclusive=True)
     memory = small_memory(site, banks=[bank], engram=engram)
-    return LookAhead(memory.fetcher(layout_of(memory)), HostTransfer(), depth)
+    return LookAhead([memory.fetcher(layout_of(memory))], HostTransfer(), depth)
 
 
 def taken(look_ahead: LookAhead, batch: Batch) -> MicroBatchMemory:
     """The memory of a batch of one sequence of four tokens."""
     memory = look_ahead.take(batch)
-    assert memory is not None and look_ahead.fetcher is not None
-    layout: MemoryLayout = look_ahead.fetcher.layout
+    fetcher = look_ahead.fetchers[batch[CHUNK]]
+    assert memory is not None and fetcher is not None
+    layout: MemoryLayout = fetcher.layout
     return MicroBatchMemory.unpack(layout, *memory, 1, 4)
 
 

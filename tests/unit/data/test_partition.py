@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 
 import numpy as np
 import pytest
 
 from megatron_graft.data.partition import Partition, share
-from tests.helpers.memories import ranks
+from tests.helpers.memories import positions_of, ranks
 
 SIZES = range(1, 9)
 
@@ -28,22 +29,50 @@ def test_no_share_is_longer_than_another_by_more_than_one_and_the_longer_come_fi
     assert lengths[0] - lengths[-1] <= 1
 
 
+@pytest.mark.parametrize("contexts", [1, 2, 3, 4])
 @pytest.mark.parametrize("sequence_parallel", [True, False])
 @pytest.mark.parametrize("size", SIZES)
-def test_every_column_of_every_position_is_worked_on_by_one_rank(size: int, sequence_parallel: bool) -> None:
-    done = np.zeros((48, 15), dtype=int)
-    for place in ranks(size, sequence_parallel):
-        done[place.positions(48), slice(*place.columns(15))] += 1
-    assert (done == 1).all()
+def test_everything_at_every_position_is_worked_on_by_one_rank(
+    size: int, sequence_parallel: bool, contexts: int
+) -> None:
+    columns, heads = np.zeros((48, 15), dtype=int), np.zeros((48, 13), dtype=int)
+    for context in range(contexts):
+        for place in ranks(size, sequence_parallel, (context, contexts)):
+            for run in place.runs(48):
+                columns[run, slice(*place.columns(15))] += 1
+                heads[run, slice(*place.heads(13))] += 1
+    assert (columns == 1).all() and (heads == 1).all()
+
+
+@pytest.mark.parametrize("contexts", [1, 2, 3, 4])
+@pytest.mark.parametrize("sequence_parallel", [True, False])
+@pytest.mark.parametrize("size", [1, 2, 3, 4])
+def test_a_rank_has_its_slice_of_a_chunk_from_the_front_and_one_from_the_back(
+    size: int, sequence_parallel: bool, contexts: int
+) -> None:
+    whole = np.arange(2 * 48).reshape(2, 48)
+    for context, rank in itertools.product(range(contexts), range(size)):
+        place = ranks(size, sequence_parallel, (context, contexts))[rank]
+        expected = positions_of(place, 48)
+        assert np.array_equal(place.part(whole), whole[:, expected])
+        assert place.num_positions(48) == len(expected)
+        assert [place.position(48, here) for here in range(len(expected))] == expected.tolist()
+        with pytest.raises(IndexError):
+            place.position(48, len(expected))
+        for other in range(size):
+            assert np.array_equal(place.part(whole, other), whole[:, positions_of(place, 48, other)])
+
+
+def test_a_part_of_one_run_is_no_copy() -> None:
+    whole = np.zeros((2, 8))
+    assert np.shares_memory(Partition(rank=1, size=2, sequence_parallel=True).part(whole), whole)
 
 
 @pytest.mark.parametrize("sequence_parallel", [True, False])
-@pytest.mark.parametrize("size", SIZES)
-def test_every_head_at_every_position_is_read_by_one_rank(size: int, sequence_parallel: bool) -> None:
-    done = np.zeros((48, 13), dtype=int)
-    for place in ranks(size, sequence_parallel):
-        done[place.positions(48), slice(*place.heads(13))] += 1
-    assert (done == 1).all()
+def test_others_are_the_ranks_that_split_the_sequence_in_the_order_of_their_group(sequence_parallel: bool) -> None:
+    place = Partition(rank=1, size=2, sequence_parallel=sequence_parallel, context_rank=2, context_size=3)
+    found = [(other.context_rank, other.rank) for other in place.others()]
+    assert found == [(context, rank) for context in range(3) for rank in ([0, 1] if sequence_parallel else [1])]
 
 
 @pytest.mark.parametrize("sequence_parallel", [True, False])
@@ -52,7 +81,7 @@ def test_ranks_work_in_their_order(size: int, sequence_parallel: bool) -> None:
     """Joined in the order of the ranks, slices are the whole: checkpoints and Megatron's gathers rely on it."""
     places = ranks(size, sequence_parallel)
     for starts in (
-        [place.positions(48).start for place in places],
+        [place.runs(48)[0].start for place in places],
         [place.columns(15)[0] for place in places],
         [place.heads(13)[0] for place in places],
         [place.table_rows(31)[0] for place in places],
@@ -64,7 +93,7 @@ def test_ranks_work_in_their_order(size: int, sequence_parallel: bool) -> None:
 def test_with_sequence_parallelism_positions_are_split_and_columns_are_whole(size: int) -> None:
     for rank, place in enumerate(ranks(size, True)):
         assert (place.sequence_parts, place.splits_columns) == (size, False)
-        assert place.positions(24 * size) == slice(24 * rank, 24 * rank + 24)
+        assert place.runs(24 * size) == [slice(24 * rank, 24 * rank + 24)]
         assert (place.columns(15), place.heads(6)) == ((0, 15), (0, 6))
 
 
@@ -72,7 +101,7 @@ def test_with_sequence_parallelism_positions_are_split_and_columns_are_whole(siz
 def test_without_sequence_parallelism_positions_are_whole_and_columns_are_split(size: int) -> None:
     for place in ranks(size, False):
         assert (place.sequence_parts, place.splits_columns) == (1, size > 1)
-        assert place.positions(24) == slice(0, 24)
+        assert place.runs(24) == [slice(0, 24)]
         first, end = place.columns(15)
         assert 15 // size <= end - first <= -(-15 // size)
 
@@ -83,7 +112,7 @@ def test_a_rank_knows_what_every_other_rank_works_on(size: int, sequence_paralle
     places = ranks(size, sequence_parallel)
     for place in places:
         for other in places:
-            assert place.positions(48, other.rank) == other.positions(48)
+            assert place.runs(48, other.rank) == other.runs(48)
             assert place.heads(13, other.rank) == other.heads(13)
 
 
@@ -99,8 +128,8 @@ def test_table_rows_are_split_without_padding_whatever_splits_the_sequence(size:
         assert place.table_rows(31) == (bounds[place.rank], bounds[place.rank + 1])
 
 
-@pytest.mark.parametrize("work", [Partition.positions, Partition.columns, Partition.heads, Partition.table_rows])
-def test_one_rank_does_everything(work: Callable[[Partition, int], slice | tuple[int, int]]) -> None:
+@pytest.mark.parametrize("work", [Partition.runs, Partition.columns, Partition.heads, Partition.table_rows])
+def test_one_rank_does_everything(work: Callable[[Partition, int], list[slice] | tuple[int, int]]) -> None:
     for sequence_parallel in (True, False):
         everything = work(Partition(sequence_parallel=sequence_parallel), 10)
-        assert everything in (slice(0, 10), (0, 10))
+        assert everything in ([slice(0, 10)], (0, 10))

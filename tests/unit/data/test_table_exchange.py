@@ -23,6 +23,7 @@ from tests.helpers.memories import (
     graft_reading,
     layout_of,
     oracle_rows,
+    positions_of,
     random_tokens,
     ranks,
     small_bank,
@@ -31,7 +32,13 @@ from tests.helpers.memories import (
 )
 
 LAYERS = (2, 5)  # layer 2 reads its table at misses only, layer 5 everywhere
-LAYOUTS = [(1, False), (1, True), *itertools.product((2, 3, 4), (False, True))]
+LAYOUTS = [
+    *(
+        (size, parallel, (0, 1))
+        for size, parallel in [(1, False), (1, True), *itertools.product((2, 3, 4), (False, True))]
+    ),
+    *itertools.product((1, 2, 3), (False, True), [(0, 2), (1, 2), (2, 3)]),
+]
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +71,7 @@ def wanted_rows(memory: RunMemory, number: int, tokens: torch.Tensor) -> np.ndar
 
 def part_of(rows_BSK: np.ndarray, place: Partition) -> np.ndarray:
     """What one rank reads of them."""
-    return rows_BSK[:, place.positions(rows_BSK.shape[1]), slice(*place.heads(rows_BSK.shape[2]))]
+    return rows_BSK[:, positions_of(place, rows_BSK.shape[1]), slice(*place.heads(rows_BSK.shape[2]))]
 
 
 @dataclass
@@ -103,7 +110,12 @@ def tokens() -> torch.Tensor:
     return random_tokens(11)
 
 
-@pytest.fixture(params=LAYOUTS, ids=lambda layout: f"T={layout[0]}{', sequence parallel' if layout[1] else ''}")
+def name_of(layout: tuple[int, bool, tuple[int, int]]) -> str:
+    size, sequence_parallel, (context, contexts) = layout
+    return f"T={size}{', sequence parallel' if sequence_parallel else ''}, context {context} of {contexts}"
+
+
+@pytest.fixture(params=LAYOUTS, ids=name_of)
 def parts(request: pytest.FixtureRequest, memory: RunMemory, tokens: torch.Tensor) -> list[MicroBatchMemory]:
     return fetch_on_all(memory, tokens, *request.param)
 
@@ -147,15 +159,15 @@ def test_no_rank_has_to_be_told_anything_by_another(memory: RunMemory, tokens: t
 
 
 @pytest.mark.parametrize("seed", range(3))
-@pytest.mark.parametrize(("size", "sequence_parallel"), LAYOUTS)
+@pytest.mark.parametrize("layout", LAYOUTS, ids=name_of)
 def test_the_reference_path_fetches_the_same_bytes(
-    memory: RunMemory, size: int, sequence_parallel: bool, seed: int
+    memory: RunMemory, layout: tuple[int, bool, tuple[int, int]], seed: int
 ) -> None:
     tokens = random_tokens(seed, 2, 12)
-    for place in ranks(size, sequence_parallel):
-        layout = layout_of(memory, place)
-        native = memory.fetcher(layout).fetch(tokens, 3).memory
-        reference = memory.reference_fetcher(layout).fetch(tokens, 3).memory
+    for place in ranks(*layout):
+        brought = layout_of(memory, place)
+        native = memory.fetcher(brought).fetch(tokens, 3).memory
+        reference = memory.reference_fetcher(brought).fetch(tokens, 3).memory
         assert contents(native) == contents(reference)
         assert native.header.tolist() == reference.header.tolist()
 

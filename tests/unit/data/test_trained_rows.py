@@ -21,6 +21,7 @@ from tests.helpers.memories import (
     fetch_on_all,
     graft_reading,
     layout_of,
+    positions_of,
     random_tokens,
     ranks,
     small_bank,
@@ -28,7 +29,7 @@ from tests.helpers.memories import (
     small_tables,
 )
 
-LAYOUTS = [(1, False), (1, True), (2, True), (3, True), (4, True)]
+LAYOUTS = [(1, False), (1, True), (2, True), (3, True), (4, True), (2, True, (1, 2)), (1, True, (1, 3))]
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +60,7 @@ def tokens() -> torch.Tensor:
     return random_tokens(11)
 
 
-@pytest.fixture(params=LAYOUTS, ids=lambda layout: f"T={layout[0]}{', sequence parallel' if layout[1] else ''}")
+@pytest.fixture(params=LAYOUTS, ids=str)
 def parts(request: pytest.FixtureRequest, memory: RunMemory, tokens: torch.Tensor) -> list[MicroBatchMemory]:
     return fetch_on_all(memory, tokens, *request.param)
 
@@ -129,7 +130,7 @@ def test_places_find_every_positions_row_among_those_that_arrive(
     rows, number = rows_of(banks[bank], tokens), 1 + bank
     for rank, part in enumerate(parts):
         arrived = np.concatenate([[-1], *(sent(source, number, rank) for source in parts)])
-        assert np.array_equal(arrived[part.inverse_BS(bank).numpy()], rows[:, part.layout.partition.positions(24)])
+        assert np.array_equal(arrived[part.inverse_BS(bank).numpy()], rows[:, positions_of(part.layout.partition, 24)])
         received = [len(sent(source, number, rank)) for source in parts]
         assert part.exchange[number, 1].tolist() == received
         assert len(np.unique(arrived)) == len(arrived), "a row is asked for twice"

@@ -2,6 +2,7 @@ import pytest
 import torch
 
 from megatron_graft.memory.convolution import causal_depthwise_convolution
+from megatron_graft.memory.halo import SequenceSplit
 
 
 def by_definition(x: torch.Tensor, kernel: torch.Tensor, dilation: int, position: torch.Tensor) -> torch.Tensor:
@@ -30,15 +31,15 @@ def test_equals_the_definition_inside_and_across_documents(
     position = torch.arange(17).repeat(2, 1).t().clone()
     position[9:, 1] -= 9  # a document starts at position 9 of the second sequence
     expected = by_definition(x, kernel, dilation, position)
-    assert torch.allclose(causal_depthwise_convolution(x, kernel, dilation, position, None), expected)
+    assert torch.allclose(causal_depthwise_convolution(x, kernel, dilation, position, SequenceSplit()), expected)
 
 
 def test_a_later_input_changes_no_earlier_output(generator: torch.Generator) -> None:
     x = torch.randn(12, 1, 3, generator=generator)
     kernel = torch.randn(4, 3, generator=generator)
     position = torch.arange(12)[:, None]
-    before = causal_depthwise_convolution(x, kernel, 2, position, None)
+    before = causal_depthwise_convolution(x, kernel, 2, position, SequenceSplit())
     x[7] += 1
-    after = causal_depthwise_convolution(x, kernel, 2, position, None)
+    after = causal_depthwise_convolution(x, kernel, 2, position, SequenceSplit())
     assert torch.equal(before[:7], after[:7])
     assert not torch.equal(before[7:], after[7:])

@@ -24,8 +24,9 @@ def site(layer: int, **reading: object) -> SitePlan:
 
 def shape(*sites: SitePlan, **changes: object) -> RunShape:
     one = RunShape(
-        world_size=1, tensor=1, pipeline=1, data=1, sequence_parallel=False, distributed_optimizer=False, num_layers=4,
-        hidden=H, sequence=S, micro_batch=B, micro_batches=3, element_bytes=2, sites=sites,
+        world_size=1, tensor=1, context=1, pipeline=1, virtual=1, data=1, sequence_parallel=False,
+        distributed_optimizer=False, num_layers=4, hidden=H, sequence=S, micro_batch=B, micro_batches=3,
+        element_bytes=2, sites=sites,
     )  # fmt: skip
     return replace(one, **changes)  # type: ignore[arg-type]
 
@@ -46,6 +47,28 @@ def test_stages_have_their_own_sites() -> None:
     costs = stage_costs(shape(site(1, graft=GRAFT), site(4, engram=ENGRAM), pipeline=2, world_size=2), TEXT)
     assert [(cost.stage, cost.layers) for cost in costs] == [(0, (1,)), (1, (4,))]
     assert costs[0].table == 0 and costs[1].rows == 0
+
+
+def test_chunks_of_a_stage_are_added_up() -> None:
+    sites = (site(1, graft=GRAFT), site(3, graft=GRAFT, engram=ENGRAM), site(4, engram=ENGRAM))
+    costs = stage_costs(shape(*sites, pipeline=2, virtual=2, tensor=2, sequence_parallel=True, world_size=4), TEXT)
+    assert [(cost.stage, cost.layers) for cost in costs] == [(0, (1, 3)), (1, (4,))]
+    alone = [stage_costs(shape(one, tensor=2, sequence_parallel=True, world_size=2), TEXT)[0] for one in sites[:2]]
+    for name in ("dense", "table", "state_bytes", "rows", "row_bytes", "device_bytes"):
+        assert getattr(costs[0], name) == sum(getattr(cost, name) for cost in alone)
+    sent = [{one.name: one.handed for one in cost.collectives} for cost in (costs[0], *alone)]
+    assert sent[0] == {name: sum(part.get(name, 0) for part in sent[1:]) for name in sent[0]}
+
+
+def test_context_parallel_ranks_share_positions_and_reduce_gradients() -> None:
+    run = shape(site(2, graft=GRAFT, engram=ENGRAM), context=2, world_size=2, distributed_optimizer=True)
+    [whole], [half] = stage_costs(shape(*run.sites), TEXT), stage_costs(run, TEXT)
+    assert (half.dense, half.table, half.rows) == (whole.dense, whole.table, whole.rows / 2)
+    assert half.state_bytes == (half.dense + half.table) * (2 + 4 + 12 / 2)
+    sent = {one.name: one.handed for one in half.collectives}
+    # Of four chunks the middle two are one rank's: the first and the last halo travel.
+    assert sent["halo of the convolution"] == 2 * 3 * 2 * (3 * 3) * B * H * 2 / 2
+    assert sent["reduce-scatter of gradients"] == (half.dense + half.table) * 4
 
 
 def test_sequence_parallel_ranks_share_positions_and_table_rows() -> None:

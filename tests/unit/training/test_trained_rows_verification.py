@@ -20,13 +20,18 @@ from tests.helpers.memories import (
     engram_reading,
     graft_reading,
     layout_of,
+    positions_of,
     random_tokens,
     small_bank,
     small_memory,
     small_tables,
 )
 
-PLACES = {"one rank": Partition(), "second of three": Partition(rank=1, size=3, sequence_parallel=True)}
+PLACES = {
+    "one rank": Partition(),
+    "second of three": Partition(rank=1, size=3, sequence_parallel=True),
+    "second of two, context parallel": Partition(rank=1, size=2, sequence_parallel=True, context_size=2),
+}
 NUMBER = 1  # of the exchange: that of the hashed table is 0
 
 
@@ -67,8 +72,8 @@ class Checked:
         """(sequence, position of the whole sequence) at which a rank reads a row."""
         bank, tokens = self.bank, self.tokens.numpy()
         rows, _ = brute_force_lookup(bank.rows_of_keys(), tokens, EOD, bank.min_order, bank.max_order)
-        mine = self.place.positions(tokens.shape[1], asker)
-        return {(int(b), mine.start + int(s)) for b, s in np.argwhere(rows[:, mine] == row)}
+        mine = positions_of(self.place, tokens.shape[1], asker)
+        return {(int(b), int(mine[s])) for b, s in np.argwhere(rows[:, mine] == row)}
 
 
 @pytest.fixture(params=PLACES)

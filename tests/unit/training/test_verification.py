@@ -23,6 +23,7 @@ from tests.helpers.memories import (
     graft_reading,
     layout_of,
     oracle_rows,
+    positions_of,
     random_tokens,
     section_names,
     small_bank,
@@ -35,6 +36,7 @@ PLACES = {
     "one rank": Partition(),
     "second of two, columns": Partition(rank=1, size=2),
     "second of three, sequence parallel": Partition(rank=1, size=3, sequence_parallel=True),
+    "second of three, context parallel": Partition(context_rank=1, context_size=3),
 }
 SECTIONS = [
     "position", "order.0", "inverse.0", "reads.0", "reads.1", "rows.0", "rows.1", "requests.0", "requests.1"
@@ -112,7 +114,7 @@ class Checked:
 
     def places_of(self, name: str, byte: int) -> set[tuple[int, int]]:
         """(sequence, position of the whole sequence) of those that read a byte of a section."""
-        start = self.place.positions(self.tokens.shape[1]).start
+        mine = positions_of(self.place, self.tokens.shape[1])
         section, number = self.memory.section(name), int((name.split(".") + ["0"])[1])
         if name.startswith("requests"):
             return self._askers_of(number, byte // 4)
@@ -122,7 +124,7 @@ class Checked:
         else:
             here = byte // (section.itemsize * section[0, 0].numel())
             places = np.array([np.unravel_index(here, section.shape[:2])])
-        return {(int(b), start + int(s)) for b, s in places}
+        return {(int(b), int(mine[s])) for b, s in places}
 
     def _askers_of(self, number: int, request: int) -> set[tuple[int, int]]:
         """Of the rank that sent a request: its positions that read the row."""
@@ -130,7 +132,7 @@ class Checked:
         asker = int(np.searchsorted(np.cumsum(sent), request, side="right"))
         first, _ = self.place.table_rows(self.memory.layout.engrams[number].reading.num_rows)
         row = first + int(self.memory.requests(number)[request])
-        positions = self.place.positions(self.tokens.shape[1], asker)
+        positions = positions_of(self.place, self.tokens.shape[1], asker)
         heads = slice(*self.place.heads(6, asker))
         rows_BSK = oracle_rows(self.engram, LAYERS[number], self.tokens)
         if number == 0:  # exclusive
@@ -138,7 +140,7 @@ class Checked:
             _, orders_BS = brute_force_lookup(keys, tokens, EOD, self.bank.min_order, self.bank.max_order)
             rows_BSK[orders_BS > 0] = -1
         rows = rows_BSK[:, positions, heads]
-        return {(int(b), positions.start + int(s)) for b, s, _ in np.argwhere(rows == row)}
+        return {(int(b), int(positions[s])) for b, s, _ in np.argwhere(rows == row)}
 
 
 @pytest.fixture(params=PLACES)
