@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import socket
 import sys
 from collections.abc import Iterable
 from pathlib import Path
@@ -163,12 +162,9 @@ def _split_of(prefix: str, args: argparse.Namespace) -> str | None:
 
 
 def _single_process_environment() -> None:
-    with socket.socket() as probe:
-        probe.bind(("localhost", 0))
-        port = probe.getsockname()[1]
     # Below a torchrun this process would wait for the launcher's store, which listens on another port.
     os.environ.pop("TORCHELASTIC_USE_AGENT_STORE", None)
-    os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="localhost", MASTER_PORT=str(port))
+    os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="localhost", MASTER_PORT="0")
 
 
 def _loaded_model(config: Any) -> Any:

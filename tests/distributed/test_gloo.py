@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import os
-import socket
 
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from megatron_graft.compat.gloo import rebind_collectives
+from tests.helpers.ports import free_port
 
 LENGTHS = (3, 0, 5)
 
@@ -39,12 +39,6 @@ def exchange(rank: int, port: int, rebound: bool) -> None:
     dist.all_gather(even, torch.full((2,), float(rank)))
     assert [part[0].item() for part in even] == [0, 1, 2]
     dist.destroy_process_group()
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("localhost", 0))
-        return int(probe.getsockname()[1])
 
 
 def test_parts_and_sums_of_different_sizes_arrive() -> None:

@@ -32,11 +32,11 @@ from tests.helpers.main_job import (
     VOCAB_SIZE,
     Ended,
     Job,
-    free_port,
     make_job,
     read_records,
     run_script,
 )
+from tests.helpers.ports import free_port
 from tests.helpers.tokenizers import small_byte_level
 
 pytestmark = [pytest.mark.slow, pytest.mark.functional]

@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 
-from tests.helpers.main_job import REPOSITORY, SCRIPT, SMALL_FLAGS, free_port
+from tests.helpers.main_job import REPOSITORY, SCRIPT, SMALL_FLAGS
+from tests.helpers.ports import free_port
 from tests.helpers.slurm import NODES, Slurm, wait_until
 from tests.helpers.tiny_run import World, make_world, read_records
 

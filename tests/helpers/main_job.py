@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import subprocess
 import sys
 import time
@@ -16,6 +15,7 @@ from typing import Any
 import psutil
 
 from tests.helpers.building import make_documents, save_llama
+from tests.helpers.ports import free_port
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 SCRIPT = REPOSITORY / "examples" / "pretrain_graft_moe.sh"
@@ -170,10 +170,3 @@ def read_records(run_directory: Path) -> list[dict[str, Any]]:
     path = run_directory / "metrics.jsonl"
     lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
     return [json.loads(line) for line in lines if line.endswith("\n")]
-
-
-def free_port() -> int:
-    """A port of the loopback that nothing uses."""
-    with socket.socket() as probe:
-        probe.bind(("localhost", 0))
-        return int(probe.getsockname()[1])

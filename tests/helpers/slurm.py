@@ -22,6 +22,11 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+if __package__ in (None, ""):  # run as a file from a checkout
+    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from tests.helpers.ports import free_ports
+
 NODES = ("graft1", "graft2")
 CPUS_PER_NODE = 2
 GPUS_PER_NODE = 1  # counted by Slurm, used by nobody: there need not be one
@@ -137,7 +142,7 @@ class Slurm:
         key = self.directory / "munge.key"
         key.write_bytes(os.urandom(1024))
         key.chmod(0o400)
-        ports = _free_ports(1 + len(NODES))
+        ports = free_ports(1 + len(NODES))
         text = CONFIGURATION.format(
             directory=self.directory,
             host=socket.gethostname().split(".")[0],
@@ -240,14 +245,6 @@ def _user() -> str:
 
 def _memory_megabytes() -> int:
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") >> 20
-
-
-def _free_ports(count: int) -> list[int]:
-    with contextlib.ExitStack() as stack:
-        probes = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for probe in probes:
-            probe.bind(("127.0.0.1", 0))
-        return [int(probe.getsockname()[1]) for probe in probes]
 
 
 def _end(processes: Sequence[int]) -> None:

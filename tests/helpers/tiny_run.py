@@ -6,15 +6,8 @@ is written by our own preprocessing, and the bank holds the most frequent n-gram
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
 import random
-import signal
-import socket
-import subprocess
-import sys
-import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -22,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import psutil
 
 from megatron_graft.bank.bf16 import bf16_from_float32
 from megatron_graft.bank.manifest import DonorIdentity, Processing, TokenizerIdentity
@@ -32,6 +24,7 @@ from megatron_graft.data.preprocess import dataset_prefix, preprocess
 from megatron_graft.data.tokenizer import TextTokenizer, load_tokenizer
 from tests.helpers.candidates import CandidatesInMemory
 from tests.helpers.tokenizers import SENTENCES, small_sentencepiece
+from tests.helpers.warm_ranks import WarmRanks
 
 NUM_LAYERS, SEQ_LENGTH, GLOBAL_BATCH_SIZE = 4, 64, 8
 SITE_LAYERS = (2, 3)  # under PP=2 one on each stage
@@ -39,6 +32,7 @@ DONOR_LAYERS, DONOR_WIDTH = (4, 8), 15
 NUM_ROWS, MANY_ROWS = 400, 1600
 TIMEOUT_SECONDS = 500  # below the limit of a test
 PRETRAIN = "megatron_graft.training.pretrain"
+_RANKS = WarmRanks()
 
 # fmt: off
 MODEL_FLAGS = (
@@ -208,7 +202,10 @@ def launch(
     kill_when: Callable[[], bool] | None = None,
     arguments_first: Sequence[Any] = (),
 ) -> Finished:
-    """Run ``module``, several ranks under the real launcher; gloo on the loopback.
+    """Run ``module`` as one rank or several, gloo on the loopback.
+
+    The ranks are forked (``tests/helpers/warm_ranks.py``); what the launcher itself does is tested with the example
+    script.
 
     Args:
         directory: of this run; made if need be. Output and metrics go there.
@@ -219,48 +216,12 @@ def launch(
         arguments_first: put before the flags.
     """
     directory.mkdir(parents=True, exist_ok=True)
-    port = _free_port()
-    environment = os.environ | {"CUDA_DEVICE_MAX_CONNECTIONS": "1", "PYTHONUNBUFFERED": "1"}
-    command: list[Any] = [sys.executable, "-m"]
-    if processes > 1:
-        command += ["torch.distributed.run", "--nproc-per-node", processes, "--master-port", port, "-m"]
-    else:  # what the launcher would set, without the seconds that it takes to start and its exit code
-        rank = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
-        environment |= rank | {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
-    command += [module, *arguments_first, *flags, "--graft-run-dir", directory]
     out, err = directory / "stdout.txt", directory / "stderr.txt"
-    with out.open("w") as stdout, err.open("w") as stderr:
-        process = subprocess.Popen([str(part) for part in command], stdout=stdout, stderr=stderr, env=environment)
-        try:
-            _wait(process, kill_when or (lambda: False))
-        finally:
-            _kill(process)
-    return Finished(returncode=process.wait(), stdout=out.read_text(), stderr=err.read_text(), directory=directory)
-
-
-def _wait(process: subprocess.Popen[bytes], kill_when: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + TIMEOUT_SECONDS
-    while process.poll() is None:
-        if kill_when():
-            return
-        if time.monotonic() > deadline:
-            raise TimeoutError(f"not finished after {TIMEOUT_SECONDS} s: {process.args}")
-        time.sleep(0.02)
-
-
-def _kill(process: subprocess.Popen[bytes]) -> None:
-    """SIGKILL to the launcher and all below it, if it still runs: its workers lead process groups of their own."""
-    if process.poll() is not None:
-        return
-    family = psutil.Process(process.pid).children(recursive=True)
-    process.kill()
-    for member in family:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            member.send_signal(signal.SIGKILL)
-    psutil.wait_procs(family, timeout=10)
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("localhost", 0))
-        return int(probe.getsockname()[1])
+    for file in (out, err):
+        file.write_bytes(b"")
+    arguments = [str(part) for part in (*arguments_first, *flags, "--graft-run-dir", directory)]
+    code = _RANKS.run(
+        module, arguments, ranks=processes, environment={"CUDA_DEVICE_MAX_CONNECTIONS": "1"}, stdout=out, stderr=err,
+        kill_when=kill_when or (lambda: False), timeout=TIMEOUT_SECONDS,
+    )  # fmt: skip
+    return Finished(returncode=code, stdout=out.read_text(), stderr=err.read_text(), directory=directory)
