@@ -112,6 +112,13 @@ bench-lookup: native ## measure lookup, gather and opening; build/bench/lookup.j
 bench-build: native ## measure counting, its memory, and the donor's packs; build/bench/building.json and a table
 	@python tools/bench/build.py $(ARGS)
 
+# With and without the memory of a run in one process. The run is that of `make pretrain`, cut to one step if need be.
+.PHONY: bench-overhead
+bench-overhead: native ## measure what memory adds to a step; build/bench/overhead/overhead.json and a table (idle machine)
+	@[ -f runs/overhead/run.json ] || RUN_NAME=overhead EVALUATION=none \
+	    bash examples/pretrain_graft_moe.sh --train-iters 1
+	@python tools/bench/overhead.py --run runs/overhead $(ARGS)
+
 check: lint types lint-cpp lint-shell lint-docker rules ## formatting, lint, types and the house's rules
 
 lint: setup
