@@ -7,6 +7,7 @@ simply fetched again from the tokens.
 
 from __future__ import annotations
 
+import atexit
 import functools
 import itertools
 import queue
@@ -24,7 +25,8 @@ from megatron_graft.data.transfer import Transfer
 
 Batch = dict[str, Any]
 SEQUENCE_NUMBER, CHUNK, COUNTED = "sequence_number", "chunk", "counted"
-_PATIENCE_SECONDS = 0.2
+_PATIENCE_SECONDS, _PARTING_SECONDS = 0.2, 10.0
+_readers: dict[threading.Thread, threading.Event] = {}  # that run, each with what stops it
 
 
 @dataclass
@@ -153,6 +155,7 @@ class MicroBatchStream(Iterator[Batch]):
             prepare = functools.partial(self._look_ahead.prepare, chunk=self._chunk, counted=self._counted)
             arguments = (prepare, iter(self._batches), self._queue, self._stop)
             self._thread = threading.Thread(target=_read_ahead, args=arguments, name="graft-look-ahead", daemon=True)
+            _readers[self._thread] = self._stop
             self._thread.start()
         started = time.perf_counter()
         item = self._queue.get()
@@ -181,10 +184,21 @@ def _read_ahead(
         for batch in batches:
             item = prepare(batch)
             if not _put(out, item, stop):
-                return
+                break
     except BaseException as error:  # the training thread must see it, whatever it is
         end = _End(error)
     _put(out, end, stop)
+    _readers.pop(threading.current_thread(), None)
+
+
+@atexit.register
+def _stop_readers() -> None:
+    """End the threads before the interpreter does: it would abort the process if one were in native code by then."""
+    readers = dict(_readers)
+    for stop in readers.values():
+        stop.set()
+    for reader in readers:
+        reader.join(_PARTING_SECONDS)
 
 
 def _put(out: queue.Queue[Any], item: Any, stop: threading.Event) -> bool:

@@ -1,4 +1,6 @@
 import gc
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -172,3 +174,36 @@ def test_drained_statistics_are_not_counted_on(bank: Bank) -> None:
     list(stream)
     assert first.counts.orders[0].tolist() == [2, 0, 1, 1]
     assert look_ahead.drain_statistics().counts.orders[0].tolist() == [4, 0, 2, 2]
+
+
+# The process ends in the middle of a batch, and takes longer to end than the batch.
+ENDING = """
+import sys, threading, time, torch
+class Slow:
+    def __del__(self, sleep=time.sleep):
+        sleep(3)
+slow = Slow()
+from megatron_graft.bank.reader import open_bank
+from megatron_graft.data.look_ahead import LookAhead
+from megatron_graft.data.transfer import HostTransfer
+from tests.helpers.memories import SiteReading, graft_reading, layout_of, small_memory
+bank = open_bank(sys.argv[1])
+memory = small_memory(SiteReading(layer_number=2, graft=graft_reading(bank)), banks=[bank])
+look_ahead = LookAhead([memory.fetcher(layout_of(memory))], HostTransfer(), 1)
+few, many = (torch.ones(size, 4096, dtype=torch.int64) for size in (1, 2000))
+(index,), looking = memory.indexes, threading.Event()
+def lookup(tokens, *, original=index.lookup, **options):
+    if tokens.shape == many.shape:
+        looking.set()
+    return original(tokens, **options)
+index.lookup = lookup
+stream = look_ahead.stream([{"tokens": few}, {"tokens": many}, {"tokens": many}])
+next(stream)
+looking.wait()
+"""
+
+
+def test_a_process_that_ends_while_it_looks_ahead_ends_well(bank: Bank) -> None:
+    """The interpreter would abort it: a thread in native code finds no interpreter to come back to."""
+    ended = subprocess.run([sys.executable, "-c", ENDING, str(bank.path)], capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stderr
