@@ -79,7 +79,7 @@ def test_a_batch_size_that_grows_and_validation_in_between_are_served(world: Wor
     told = [
         re.findall(r"validation loss at iteration (\d+) .*?lm loss value: (\S+)", run.stdout) for run in (slow, plain)
     ]
-    assert told[0] == told[1] and len(told[0]) == 3
+    assert told[0] == told[1] and [step for step, _ in told[0]] == ["3", "6", "9", "10"]
     sizes = [record["consumed_samples"] for record in plain.records]
     assert len({after - before for before, after in zip(sizes, sizes[1:], strict=False)}) > 1
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import importlib
 import json
 import os
 import runpy
@@ -28,6 +29,11 @@ import psutil
 from tests.helpers.ports import free_port
 
 _POLL_SECONDS = 0.02
+_PRELOADED = (
+    "megatron.core.tokenizers.text.text_tokenizer",  # brings transformers along
+    "megatron_graft.training.evaluate_run",
+    "torch.distributed.checkpoint",
+)
 
 
 class WarmRanks:
@@ -96,10 +102,8 @@ def _serve() -> None:
     from megatron_graft.compat import cpu
 
     cpu.install()
-
-    import megatron_graft.training.evaluate_run
-    import megatron_graft.training.run  # noqa: F401
-
+    for module in _PRELOADED:
+        importlib.import_module(module)
     gc.freeze()  # pages that the collector does not touch stay shared
     answers = os.fdopen(os.dup(1), "w")
     for line in sys.stdin:
