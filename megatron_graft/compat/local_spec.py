@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.dot_product_attention import DotProductAttention
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.torch_norm import WrappedTorchNorm
@@ -39,9 +40,23 @@ class FusedCoreAttention(DotProductAttention):  # type: ignore[misc]
     """Causal attention by ``scaled_dot_product_attention``; same arguments and shapes as the class it replaces."""
 
     def forward(
-        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attention_mask: Any, *_: Any, **__: Any
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attention_mask: Any,
+        *_: Any,
+        packed_seq_params: PackedSeqParams | None = None,
+        **__: Any,
     ) -> torch.Tensor:
-        """``[s, b, heads, d]`` each -> ``[s, b, heads * d]``; the mask is causal whatever is passed."""
+        """``[s, b, heads, d]`` each -> ``[s, b, heads * d]``; the mask is causal whatever is passed.
+
+        Of packed sequences ``[t, heads, d]`` -> ``[t, heads * d]``, document by document.
+        """
+        if packed_seq_params is not None:
+            lengths = packed_seq_params.cu_seqlens_q.diff().tolist()
+            documents = zip(*(part.unsqueeze(1).split(lengths) for part in (query, key, value)), strict=True)
+            return torch.cat([self.forward(*parts, attention_mask) for parts in documents]).flatten(1)
         q, k, v = (tensor.permute(1, 2, 0, 3) for tensor in (query, key, value))
         context = F.scaled_dot_product_attention(
             q, k, v, is_causal=True, scale=self.softmax_scale, enable_gqa=q.shape[1] != k.shape[1]

@@ -24,6 +24,7 @@ from megatron_graft.training.count_baseline import BigramModel
 from megatron_graft.training.evaluation_text import EvaluationText
 from megatron_graft.training.forward_step import run_model
 from megatron_graft.training.loss_summaries import Classifier, summary
+from megatron_graft.training.packing import document_bounds, packed
 
 
 class Evaluator:
@@ -103,7 +104,11 @@ class Evaluator:
             "position_ids": torch.arange(inputs_BS.shape[1], device=device).expand_as(inputs_BS),
             "attention_mask": None,
         }
-        losses_BS: np.ndarray = run_model(self.model, tensors, memory).float().cpu().numpy()
+        if self.args.dataloader_inter_document_masking:
+            tensors |= document_bounds(inputs_BS, self.tokenizer.eod)
+        tensors, packing = packed(tensors)
+        losses = run_model(self.model, tensors, memory, packing)
+        losses_BS: np.ndarray = losses.float().cpu().numpy().reshape(inputs_BS.shape)
         return losses_BS
 
 

@@ -11,12 +11,14 @@ from typing import Any
 
 import torch
 from megatron.core import parallel_state
+from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.rerun_state_machine import get_rerun_state_machine
 from megatron.core.utils import get_batch_on_this_cp_rank
 from megatron.training import get_args, get_timers
 
 from megatron_graft.data.look_ahead import CHUNK, LookAhead
 from megatron_graft.memory.layer import MEMORY_ARGUMENTS
+from megatron_graft.training.packing import BOUNDS, LONGEST, packed
 from megatron_graft.training.verification import Verifier
 
 _ON_DEVICE = ("tokens", "labels", "loss_mask", "position_ids", "attention_mask")
@@ -50,16 +52,15 @@ class ForwardStep:
         memory = self.look_ahead.take(batch)
         if memory is not None:
             self._verify(batch, memory)
+        whole, packing = packed({name: batch.get(name) for name in (*_ON_DEVICE, BOUNDS, LONGEST)})
         mine = get_batch_on_this_cp_rank(
-            {name: batch.get(name) for name in _ON_DEVICE},
-            is_hybrid_cp=False,
-            cp_group=parallel_state.get_context_parallel_group(),
+            whole, is_hybrid_cp=False, cp_group=parallel_state.get_context_parallel_group()
         )
         tensors: dict[str, Any] = {
             name: tensor if tensor is None else tensor.cuda(non_blocking=True) for name, tensor in mine.items()
         }
         timers("batch-generator").stop()
-        output = run_model(model, tensors, memory)
+        output = run_model(model, tensors, memory, packing)
         return output, partial(masked_loss, tensors["loss_mask"])
 
     def _verify(self, batch: dict[str, Any], memory: Memory) -> None:
@@ -69,13 +70,16 @@ class ForwardStep:
             verifier.check(step, batch["tokens"], *memory)
 
 
-def run_model(model: Any, tensors: dict[str, Any], memory: Memory | None) -> torch.Tensor:
+def run_model(
+    model: Any, tensors: dict[str, Any], memory: Memory | None, packing: PackedSeqParams | None = None
+) -> torch.Tensor:
     """Call a GPT model on one micro-batch.
 
     Args:
         model: the (wrapped) model of this pipeline stage.
         tensors: ``tokens``, ``position_ids``, ``labels``, ``loss_mask`` ``[b, s]`` and ``attention_mask`` (or None).
         memory: the micro-batch's, or None on a stage without sites.
+        packing: where documents lie, if attention ends with them.
     """
     carried = None if memory is None else dict(zip(MEMORY_ARGUMENTS, memory, strict=True))
     return model(
@@ -84,6 +88,7 @@ def run_model(model: Any, tensors: dict[str, Any], memory: Memory | None) -> tor
         tensors["attention_mask"],
         labels=tensors["labels"],
         loss_mask=tensors["loss_mask"],
+        packed_seq_params=packing,
         extra_block_kwargs=carried,
     )
 

@@ -121,6 +121,11 @@ SERVED = (
         layouts=("MTP, PP=2", "MTP, EP=2"),
     ),
     Served(
+        dimension="packed sequences", flags="--dataloader-inter-document-masking",
+        how="attention ends with a document, as memory does; sites read a packed micro-batch as it lies",
+        layouts=("packed, DP=2", "packed, EP=2", "packed, full recompute"),
+    ),
+    Served(
         dimension="bf16 mixed precision", flags="--bf16", how="rows become bf16 at the site; fp32 main parameters",
         layouts=("bf16", "bf16, DP=2, distributed optimizer"),
     ),
@@ -231,9 +236,17 @@ REFUSED_DATA = (
         why="packed fine-tuning data is not supported",
     ),
     Refused(
-        dimension="packed sequences", flag="--dataloader-inter-document-masking",
-        applies=lambda args: args.dataloader_inter_document_masking,
-        why="memory is laid out by sequence, and packed attention needs Transformer Engine",
+        dimension="packed sequences with sequence or context parallel, or in a pipeline with larger micro-batches",
+        flag="--dataloader-inter-document-masking",
+        applies=lambda args: args.dataloader_inter_document_masking
+        and (
+            args.sequence_parallel
+            or args.context_parallel_size > 1
+            or (args.pipeline_model_parallel_size > 1 and args.micro_batch_size > 1)
+        ),
+        why="a packed micro-batch is cut otherwise than its sequences are, and pipelines pass on its unpacked shape",
+        remedy="Leave it out, or --sequence-parallel and --context-parallel-size; in a pipeline use --micro-batch-size "
+        "1.",
     ),
     Refused(
         dimension="attention within documents, local attention", flag="--reset-attention-mask",

@@ -46,6 +46,7 @@ WORLDS: dict[str, tuple[Any, ...]] = {
             "--graft-conv-dilation", 2, "--engram-across-documents"),
     "dense": ("--graft-donor-layers", "4,8", 4, *TABLES, "--graft-combine", "sum"),
     "mtp": ("--graft-donor-layers", 4, 8, *TABLES, "--mtp-num-layers", 1),
+    "packed": ("--graft-donor-layers", 4, 8, *TABLES, "--dataloader-inter-document-masking"),
 }
 TP2 = ("--tensor-model-parallel-size", 2)
 SP, PP2, EP2 = ("--sequence-parallel",), ("--pipeline-model-parallel-size", 2), ("--expert-model-parallel-size", 2)
@@ -110,6 +111,10 @@ LAYOUTS = {
     "MTP": Layout(world="mtp", reference="MTP"),
     "MTP, PP=2": Layout(processes=2, flags=PP2, split=Split(pipeline=2), world="mtp", reference="MTP"),
     "MTP, EP=2": Layout(processes=2, flags=EP2, split=Split(expert=2), world="mtp", reference="MTP"),
+    "packed": Layout(world="packed", reference="packed"),
+    "packed, DP=2": Layout(processes=2, world="packed", reference="packed"),
+    "packed, EP=2": Layout(processes=2, flags=EP2, split=Split(expert=2), world="packed", reference="packed"),
+    "packed, full recompute": Layout(flags=RECOMPUTE, world="packed", reference="packed"),
     "bf16": Layout(flags=("--bf16",), close=True),
     "bf16, DP=2, distributed optimizer": Layout(
         processes=2, flags=("--bf16", *DISTRIBUTED_OPTIMIZER), reference="bf16"

@@ -100,7 +100,10 @@ class Measurement:
 
     def _ask(self, oracle: Any, site: Any, hidden_SBH: Any, packed: Any, exchange: Any) -> Any:
         oracle.tokens_BS = self.tokens_BS
-        return oracle.forward(site, hidden_SBH)
+        if hidden_SBH.shape[1] == len(self.tokens_BS):
+            return oracle.forward(site, hidden_SBH)
+        apart = hidden_SBH.view(len(self.tokens_BS), -1, hidden_SBH.shape[-1]).transpose(0, 1)  # packed
+        return oracle.forward(site, apart).transpose(0, 1).reshape(hidden_SBH.shape)
 
     def loss_and_gradients(self) -> tuple[float, dict[str, Any]]:
         """Mean loss over the global batch, and the gradient of each parameter, micro-batch by micro-batch."""
@@ -127,29 +130,43 @@ class Measurement:
         import torch
 
         from megatron_graft.training.forward_step import run_model
+        from megatron_graft.training.packing import document_bounds, packed
 
         self.tokens_BS = tokens_BS.tolist()
         positions = torch.arange(tokens_BS.shape[1]).expand_as(tokens_BS)
         tensors = {"tokens": tokens_BS, "labels": labels_BS, "position_ids": positions}
         tensors |= {"loss_mask": torch.ones(tokens_BS.shape), "attention_mask": None}
+        if self.args.dataloader_inter_document_masking:
+            tensors |= document_bounds(tokens_BS, self.memory.tokenizer.eod)
+        tensors, packing = packed(tensors)
         memory = self.fetcher.fetch(tokens_BS, 0).memory
-        return run_model(self.model, tensors, (memory.packed, memory.exchange))
+        answer = run_model(self.model, tensors, (memory.packed, memory.exchange), packing)
+        return answer.view(*tokens_BS.shape, *answer.shape[2:])
 
     def reach_of_a_token(self) -> dict[str, float]:
-        """Largest change of any logit before, and of those from there on, when one token is another."""
+        """Largest change of any logit before, of those from there on, and in other documents, when a token is another.
+
+        The tokens that are changed, and what they are changed to, end no document.
+        """
         import torch
 
-        before, after = 0.0, float("inf")
+        from megatron_graft.ngram.windows import positions_in_document
+
+        before, after, elsewhere, eod = 0.0, float("inf"), 0.0, self.memory.tokenizer.eod
         tokens_BS = torch.stack([sample["tokens"] for sample in self.samples])
         with torch.no_grad():
             original = self.answer(tokens_BS, None)
             for changed in (5, 20, 33, 50):
                 other = tokens_BS.clone()
-                other[:, changed] = (other[:, changed] + 57) % 300 + 3
+                other[:, changed] = torch.where(
+                    other[:, changed] == eod, other[:, changed], (other[:, changed] + 57) % 300 + 3
+                )
                 difference = (self.answer(other, None) - original).abs()
                 before = max(before, float(difference[:, :changed].max()))
                 after = min(after, float(difference[:, changed:].max()))
-        return {"before": before, "after": after}
+                documents = torch.from_numpy((positions_in_document(tokens_BS.numpy(), eod) == 0).cumsum(axis=1))
+                elsewhere = max(elsewhere, float(difference[documents != documents[:, changed, None]].max()))
+        return {"before": before, "after": after, "elsewhere": elsewhere}
 
 
 if __name__ == "__main__":

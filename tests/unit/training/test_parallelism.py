@@ -45,7 +45,11 @@ ASKED: dict[str, list[dict[str, Any]]] = {
     "--multiple-validation-sets": [{"multiple_validation_sets": True}],
     "--phase-transition-iterations": [{"phase_transition_iterations": [5]}],
     "--sft": [{"sft": True}],
-    "--dataloader-inter-document-masking": [{"dataloader_inter_document_masking": True}],
+    "--dataloader-inter-document-masking": [
+        {"dataloader_inter_document_masking": True, "tensor_model_parallel_size": 2, "sequence_parallel": True},
+        {"dataloader_inter_document_masking": True, "context_parallel_size": 2},
+        {"dataloader_inter_document_masking": True, "pipeline_model_parallel_size": 2, "micro_batch_size": 2},
+    ],
     "--reset-attention-mask": [{"reset_attention_mask": True}],
     "--graft-rows": [{"tensor_model_parallel_size": 2}],  # a dense model
 }  # fmt: skip
@@ -137,6 +141,8 @@ def test_what_the_data_iterator_cannot_serve_is_refused_even_without_a_memory(
         },
         {"virtual_pipeline_model_parallel_size": 2},
         {"mtp_num_layers": 1},
+        {"dataloader_inter_document_masking": True, "micro_batch_size": 2},
+        {"dataloader_inter_document_masking": True, "pipeline_model_parallel_size": 2},
         {"context_parallel_size": 2},
         {"context_parallel_size": 2, "attention_dropout": 0.1, "transformer_impl": "transformer_engine"},
         {"attention_dropout": 0.1, "transformer_impl": "local"},
