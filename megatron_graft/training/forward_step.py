@@ -64,9 +64,11 @@ class ForwardStep:
         return output, partial(masked_loss, tensors["loss_mask"])
 
     def _verify(self, batch: dict[str, Any], memory: Memory) -> None:
-        step = get_args().curr_iteration + 1  # the steps that are done, until this one is
         verifier = self.verifiers[batch[CHUNK]]
-        if verifier is not None and verifier.is_due(step):
+        if verifier is None:
+            return
+        step = get_args().curr_iteration + 1  # the steps that are done, until this one is
+        if verifier.is_due(step):
             verifier.check(step, batch["tokens"], *memory)
 
 

@@ -27,6 +27,7 @@ from machine import OtherLoad, commit, describe_machine
 from pages import page_with, plain_table
 from programs import CHECKOUT
 
+from megatron_graft.bank.bf16 import bf16_from_float32
 from megatron_graft.bank.keys import BankKeys, canonical_order
 from megatron_graft.bank.manifest import DonorIdentity, Processing, TokenizerIdentity
 from megatron_graft.bank.reader import Bank, open_bank
@@ -113,7 +114,8 @@ class Comparisons:
         if path.is_dir():
             return path
         keys = filled_keys(real, count, tokenizer)
-        block = np.random.default_rng(0).integers(0, 2**15, (1 << 14, _ROW_WIDTH)).astype(np.uint16)
+        drawn = np.random.default_rng(0).standard_normal((1 << 14, _ROW_WIDTH), dtype=np.float32)
+        block = bf16_from_float32(drawn)
         path.parent.mkdir(parents=True, exist_ok=True)
         write_bank(
             path, keys=keys, layers={_LAYER: np.resize(block, (count, _ROW_WIDTH))}, tokenizer=tokenizer,
@@ -163,7 +165,7 @@ def filled_keys(real: Bank, count: int, tokenizer: TokenizerIdentity) -> BankKey
         key_counts=np.concatenate([counts, np.ones(len(codes), dtype=np.int64)]),
     )
     order = canonical_order(keys)
-    return BankKeys(keys.key_ids[order], keys.key_orders[order], keys.key_counts[order])
+    return BankKeys(key_ids=keys.key_ids[order], key_orders=keys.key_orders[order], key_counts=keys.key_counts[order])
 
 
 def ratio_of(first: Sequence[float], second: Sequence[float]) -> dict[str, Any]:

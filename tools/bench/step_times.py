@@ -41,6 +41,8 @@ class TimedRun:
         from megatron.core.distributed import finalize_model_grads
         from megatron.core.enums import ModelType
         from megatron.core.pipeline_parallel import get_forward_backward_func
+        from megatron.core.process_groups_config import ProcessGroupCollection
+        from megatron.core.rerun_state_machine import RerunDataIterator
         from megatron.core.utils import get_model_config
         from megatron.training.argument_utils import pretrain_cfg_container_from_args
         from megatron.training.training import setup_model_and_optimizer
@@ -51,7 +53,9 @@ class TimedRun:
 
         container = pretrain_cfg_container_from_args(self.args, self.config)
         self.model, self.optimizer, self.scheduler = setup_model_and_optimizer(
-            ModelType.encoder_or_decoder, cfg_container=container
+            ModelType.encoder_or_decoder,
+            cfg_container=container,
+            pg_collection=ProcessGroupCollection.use_mpu_process_groups(),
         )
         self.model_config = get_model_config(self.model[0])
         self.model_config.grad_scale_func = self.optimizer.scale_loss
@@ -59,7 +63,8 @@ class TimedRun:
         layouts = chunk_layouts(self.memory, self.config.transformer)
         self.look_ahead = build_look_ahead(self.args, self.settings, self.memory, layouts)
         samples = self.args.train_iters * self.args.global_batch_size
-        self.stream, _, _ = DatasetProvider(self.look_ahead)((samples, 0, 0))
+        stream, _, _ = DatasetProvider(self.look_ahead)((samples, 0, 0))
+        self.stream = RerunDataIterator(stream)
         self.forward_step = ForwardStep(self.look_ahead, [None] * len(layouts))
         self.forward_backward = get_forward_backward_func()
         self.steps = 0
