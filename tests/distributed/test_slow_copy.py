@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from tests.helpers.layouts import LAYOUTS, MODEL_ONLY, START, STEPS, Start, world_flags
-from tests.helpers.tiny_run import Finished, World, launch
+from tests.helpers.tiny_run import SEQ_LENGTH, Finished, World, launch
 
 SLOW = "tests.helpers.pretrain_with_slow_copy"
 DELAY_MS = 40
@@ -71,7 +71,9 @@ def test_a_step_that_is_run_again_gets_the_same_memory(
 
 
 def test_a_batch_size_that_grows_and_validation_in_between_are_served(world: World, tmp_path: Path) -> None:
-    flags = [*world_flags(world, "exclusive"), "--train-iters", STEPS, "--rampup-batch-size", 4, 4, 16]
+    flags = [*world_flags(world, "exclusive"), "--train-iters", STEPS]
+    place = flags.index("--global-batch-size")
+    flags[place : place + 2] = ["--step-batch-size-schedule", f"0:4 {4 * 4 * SEQ_LENGTH}:8"]
     flags += ["--split", "8,2,0", "--eval-interval", 3, "--eval-iters", 2]
     plain = launch(tmp_path / "plain", flags).require_success()
     slow = launch(tmp_path / "slow", flags, module=SLOW, arguments_first=(DELAY_MS, "once")).require_success()
@@ -81,7 +83,7 @@ def test_a_batch_size_that_grows_and_validation_in_between_are_served(world: Wor
     ]
     assert told[0] == told[1] and [step for step, _ in told[0]] == ["3", "6", "9", "10"]
     sizes = [record["consumed_samples"] for record in plain.records]
-    assert len({after - before for before, after in zip(sizes, sizes[1:], strict=False)}) > 1
+    assert {after - before for before, after in zip(sizes, sizes[1:], strict=False)} == {4, 8}
 
 
 def test_a_stopped_run_goes_on(world: World, fresh: Finished, tmp_path: Path) -> None:
