@@ -21,8 +21,8 @@ namespace megatron_graft::testing {
 class ScratchDirectory {
   public:
     ScratchDirectory() {
-        // mkdtemp() puts a name of its own in place of the six letters.
-        std::string name = (std::filesystem::temp_directory_path() / "graft-XXXXXX").string();
+        std::string name = (std::filesystem::temp_directory_path() / "graft-").string();
+        name.append(6, 'X');  // the template that mkdtemp() fills in
         if (::mkdtemp(name.data()) == nullptr) {
             throw std::runtime_error("cannot make " + name);
         }

@@ -6,7 +6,6 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ from megatron.training.checkpointing import load_checkpoint
 from megatron.training.initialize import initialize_megatron
 
 from megatron_graft.bank.reader import open_bank
+from megatron_graft.commands import without_flags
 from megatron_graft.compat.parameter_groups import TABLE_ATTRIBUTE
 from megatron_graft.data.tokenizer import TextTokenizer
 from megatron_graft.errors import ConfigError
@@ -81,7 +81,7 @@ def evaluate_run(
     trained = argparse.ArgumentParser(allow_abbrev=False)
     trained.add_argument("--global-batch-size", type=int)
     batch = trained.parse_known_args(recorded)[0].global_batch_size
-    sys.argv = ["evaluate", *_without(_OF_A_PIPELINE, recorded), *_ONE_PROCESS, *extra]
+    sys.argv = ["evaluate", *without_flags(_OF_A_PIPELINE, recorded), *_ONE_PROCESS, *extra]
     _single_process_environment()
     args, settings, memory = parse_arguments()
     checkpoint = checkpoint_to_load(args)
@@ -127,14 +127,6 @@ def _recorded_arguments(run_dir: Path) -> list[str]:
         )  # fmt: skip
     arguments = json.loads(path.read_text(encoding="utf-8"))["arguments"]
     return [str(argument) for argument in arguments]
-
-
-def _without(flags: Iterable[str], arguments: list[str]) -> list[str]:
-    """The arguments without these flags, each of which has one value."""
-    parser = argparse.ArgumentParser(allow_abbrev=False, add_help=False)
-    for flag in flags:
-        parser.add_argument(flag)
-    return parser.parse_known_args(arguments)[1]
 
 
 def _check_names(memory_off: list[str], data: dict[str, str]) -> None:

@@ -205,10 +205,19 @@ REFUSED_WITH_TRAINED_ROWS = (
 # What our data iterator cannot serve, with or without a memory.
 REFUSED_DATA = (
     Refused(
-        dimension="context parallel, local attention with dropout", flag="--attention-dropout",
-        applies=lambda args: args.context_parallel_size > 1
+        dimension="context parallel or packed sequences, local attention with dropout", flag="--attention-dropout",
+        applies=lambda args: (args.context_parallel_size > 1 or args.dataloader_inter_document_masking)
         and args.transformer_impl == "local" and args.attention_dropout > 0,
-        why="the local attention has no context parallelism with dropout", remedy="Set it to 0.",
+        why="the local attention has neither with dropout", remedy="Set it to 0.",
+    ),
+    Refused(
+        dimension="multi-token prediction with sequence or context parallel or packed sequences, local layers",
+        flag="--mtp-num-layers",
+        applies=lambda args: args.mtp_num_layers
+        and args.transformer_impl == "local"
+        and (args.sequence_parallel or args.context_parallel_size > 1 or args.dataloader_inter_document_masking),
+        why="Megatron makes prediction layers of its own local layers, which refuse them",
+        remedy="Leave it out, or use Transformer Engine.",
     ),
     Refused(
         dimension="hybrid context parallel", flag="--hybrid-context-parallel",

@@ -26,13 +26,14 @@ import numpy as np
 from machine import OtherLoad, commit, describe_machine
 from pages import page_with, plain_table
 from programs import CHECKOUT
+from step_times import WARM_UP_BLOCKS
 
 from megatron_graft.bank.bf16 import bf16_from_float32
 from megatron_graft.bank.keys import BankKeys, canonical_order
 from megatron_graft.bank.manifest import DonorIdentity, Processing, TokenizerIdentity
 from megatron_graft.bank.reader import Bank, open_bank
 from megatron_graft.bank.writer import write_bank
-from megatron_graft.commands import run_command
+from megatron_graft.commands import run_command, without_flags
 from megatron_graft.data.tokenizer import load_tokenizer
 from megatron_graft.errors import ConfigError, GraftError
 from megatron_graft.files import write_bytes_atomically, write_json_atomically
@@ -83,7 +84,8 @@ class Comparisons:
                 remedy="make bench-overhead prepares one; any run with --graft-run-dir will do.",
             )  # fmt: skip
         recorded = json.loads(path.read_text(encoding="utf-8"))["arguments"]
-        self.flags = [*_without(_PLACES, recorded), *arguments.flags]
+        steps = (arguments.pairs + WARM_UP_BLOCKS) * arguments.steps
+        self.flags = [*without_flags(_PLACES, recorded), "--train-iters", str(steps), *arguments.flags]
 
     def memory(self) -> dict[str, Any]:
         """The run's model, with and without its memory."""
@@ -96,7 +98,7 @@ class Comparisons:
         return self._measure({"with": [*self.flags, *wider], "without": [*_stock(self.flags), *wider]})
 
     def rows(self) -> dict[str, Any]:
-        """The run's model with a small bank and with a large one, neither of which fits a cache."""
+        """The run's model with a small bank and with a large one."""
         words = _values(("--tokenizer-model", "--graft-layers"), self.flags)
         tokenizer = load_tokenizer(words["--tokenizer-model"])
         identity = TokenizerIdentity(
@@ -189,13 +191,6 @@ def _values(names: Sequence[str], flags: Sequence[str]) -> dict[str, str]:
     for name in names:
         parser.add_argument(name, dest=name, nargs="+", required=True)
     return {name: values[0] for name, values in vars(parser.parse_known_args(flags)[0]).items()}
-
-
-def _without(names: Sequence[str], flags: Sequence[str]) -> list[str]:
-    parser = argparse.ArgumentParser(allow_abbrev=False)
-    for name in names:
-        parser.add_argument(name)
-    return parser.parse_known_args(flags)[1]
 
 
 _TITLES = {
