@@ -31,9 +31,13 @@ def results_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("overhead")
     world = make_world(tmp_path_factory.mktemp("world"))
     recorded = launch(directory / "run", [*world_flags(world, "sum"), "--train-iters", 1]).require_success()
-    small = ("--pairs", PAIRS, "--steps", 1, "--rows", 3000, "--build-dir", directory / "build")
-    run("--run", recorded.directory, *small)
-    return directory / "build" / "overhead.json"
+    small = ("--run", recorded.directory, "--pairs", PAIRS, "--rows", 3000, "--build-dir", directory / "build")
+    path = directory / "build" / "overhead.json"
+    run(*small, "--only", "memory", "wide")
+    before = json.loads(path.read_text())
+    run(*small, "--only", "rows")
+    assert {part: json.loads(path.read_text())[part] for part in before} == before, "other parts are kept"
+    return path
 
 
 @pytest.fixture(scope="module")
@@ -60,6 +64,7 @@ def test_the_runs_differ_in_their_memory_alone(results: dict[str, Any]) -> None:
         assert own["look_ahead_ms_per_step"] > 0 == stock["look_ahead_ms_per_step"]
     many, few = results["rows"]["runs"].values()
     assert (many["parameters"], many["flops"]) == (few["parameters"], few["flops"])
+    assert results["wide"]["tokens_per_step"] * 4 == results["memory"]["tokens_per_step"]
     assert results["wide"]["runs"]["without"]["parameters"] > 4 * results["memory"]["runs"]["without"]["parameters"]
 
 

@@ -5,7 +5,7 @@
 Takes a run's recorded flags, and trains in one process, in turn, with and without its memory: the model as it is, one
 four times as wide, and the model as it is with banks of ten thousand and of ten million rows. Ratios are taken between
 neighbouring blocks of steps; their median has a bootstrap interval. One thread computes, so that one is left to look
-ahead; run on an idle machine.
+ahead; run on an idle machine. What was measured stands in the file when its part ends, beside the file's other parts.
 """
 
 from __future__ import annotations
@@ -58,8 +58,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--run", type=Path, default=CHECKOUT / "runs" / "graft_moe", metavar="DIR",
                         help="whose flags are taken (default: that of `make pretrain`)")  # fmt: skip
-    parser.add_argument("--pairs", type=int, default=24, help="of blocks (%(default)s)")
-    parser.add_argument("--steps", type=int, default=2, help="of a block (%(default)s)")
+    parser.add_argument("--pairs", type=int, default=48, help="of blocks (%(default)s)")
+    parser.add_argument("--steps", type=int, default=1, help="of a block (%(default)s)")
     parser.add_argument("--rows", type=int, default=MANY, help="of the large bank (%(default)s)")
     parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS, metavar="PART", help=", ".join(PARTS))
     parser.add_argument("--flags", nargs=argparse.REMAINDER, default=[], metavar="FLAG",
@@ -92,9 +92,12 @@ class Comparisons:
         return self._measure({"with": self.flags, "without": _stock(self.flags)})
 
     def wide(self) -> dict[str, Any]:
-        """The same four times as wide."""
+        """The same four times as wide, by batches of a quarter: a token costs about twelve times as many operations."""
         sizes = _values(("--hidden-size", "--ffn-hidden-size"), self.flags)
         wider = [word for flag, size in sizes.items() for word in (flag, str(4 * int(size)))]
+        batch = max(1, int(_values(("--global-batch-size",), self.flags)["--global-batch-size"]) // 4)
+        micro = min(batch, int(_values(("--micro-batch-size",), self.flags)["--micro-batch-size"]))
+        wider += ["--global-batch-size", str(batch), "--micro-batch-size", str(micro)]
         return self._measure({"with": [*self.flags, *wider], "without": [*_stock(self.flags), *wider]})
 
     def rows(self) -> dict[str, Any]:
@@ -138,12 +141,19 @@ class Comparisons:
             "OMP_NUM_THREADS": "1", "TORCHDYNAMO_DISABLE": "1", "CUDA_DEVICE_MAX_CONNECTIONS": "1",
         }  # fmt: skip
         program = [sys.executable, str(Path(__file__).with_name("step_times.py")), str(path)]
+        load = OtherLoad()
+        if not load.idle:
+            get_logger().warning("others use this machine: figures are doubtful")
         done = subprocess.run(program, env=environment, stdout=subprocess.PIPE, text=True, check=False)
         if done.returncode != 0:
             raise MeasurementFailed("tools/bench/step_times.py", "failed; its own message stands above")
         measured: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
         first, second = (measured[name]["block_seconds"] for name in runs)
-        return {"runs": measured, "steps": arguments.steps, **ratio_of(first, second)}
+        tokens = next(iter(measured.values()))["tokens_per_step"]
+        return {
+            "runs": measured, "steps": arguments.steps, "tokens_per_step": tokens, **ratio_of(first, second),
+            "commit": commit(), "load": load.report(),
+        }  # fmt: skip
 
 
 def filled_keys(real: Bank, count: int, tokenizer: TokenizerIdentity) -> BankKeys:
@@ -220,20 +230,26 @@ def table_of(results: dict[str, Any]) -> list[list[str]]:
 
 def markdown(results: dict[str, Any]) -> str:
     """What was measured, on what, and the table."""
-    machine, load = results["machine"], results["load"]
-    rows = table_of(results)
+    rows, machine = table_of(results), results["machine"]
     lines = ["| " + " | ".join(row) + " |" for row in rows]
     lines.insert(1, "|" + " --- |" * len(rows[0]))
-    idle = "idle" if load["idle_at_start"] else "NOT idle"
-    sizes = "; ".join(
-        f"{_TITLES[part]}: {one['pairs']} pairs of blocks of {one['steps']} steps, "
-        + ", ".join(f"{run['parameters']:,}" for run in one["runs"].values()) + " parameters"
-        for part, one in results.items() if part in _TITLES
-    )  # fmt: skip
+    parts = "".join(f"- {_TITLES[part]}: {_circumstances(results[part])}\n" for part in _TITLES if part in results)
+    return f"{machine['cpu']}, {machine['cores']} cores, one of them computing.\n\n" + "\n".join(lines) + f"\n\n{parts}"
+
+
+def _circumstances(part: dict[str, Any]) -> str:
+    parameters = " and ".join(f"{run['parameters']:,}" for run in part["runs"].values())
+    idle = "idle" if part["load"]["idle_at_start"] else "NOT idle"
     return (
-        f"Commit {results['commit']}, {machine['cpu']}, {machine['cores']} cores, one of them computing; {idle} at the "
-        f"start. {sizes}.\n\n" + "\n".join(lines) + "\n"
+        f"{parameters} parameters; {part['pairs']} pairs of blocks of {part['steps']} x {part['tokens_per_step']:,} "
+        f"tokens; commit {part['commit']}, {idle} at the start"
     )
+
+
+def _other_parts(output: Path, machine: dict[str, Any]) -> dict[str, Any]:
+    """What a file holds of measurements on this machine."""
+    found: dict[str, Any] = json.loads(output.read_text(encoding="utf-8")) if output.is_file() else {}
+    return found if found.get("machine") == machine else {"machine": machine}
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -247,16 +263,12 @@ def main(argv: list[str] | None = None) -> None:
             page = page_with(arguments.update_page.read_text(encoding="utf-8"), text, arguments.update_page, MARK)
             write_bytes_atomically(arguments.update_page, page.encode())
         return
-    load, comparisons = OtherLoad(), Comparisons(arguments)
-    if not load.idle:
-        get_logger().warning("others use this machine: figures are doubtful")
-    results: dict[str, Any] = {"machine": describe_machine(), "commit": commit()}
+    output, machine = arguments.output or arguments.build_dir / "overhead.json", describe_machine()
+    comparisons, results = Comparisons(arguments), _other_parts(output, machine)
     for part in arguments.only:
         get_logger().info("part %s", part)
         results[part] = getattr(comparisons, part)()
-    results["load"] = load.report()
-    output = arguments.output or arguments.build_dir / "overhead.json"
-    write_json_atomically(output, results)
+        write_json_atomically(output, results)
     print(plain_table(table_of(results)))
 
 

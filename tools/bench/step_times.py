@@ -93,6 +93,7 @@ class TimedRun:
         return {
             "block_seconds": self.seconds,
             "steps": self.steps,
+            "tokens_per_step": args.global_batch_size * args.seq_length,
             "stall_ms_per_step": 1e3 * seen.stall_seconds / self.steps,
             "look_ahead_ms_per_step": 1e3 * seen.fetch_seconds / self.steps,
             "parameters": sum(parameter.numel() for parameter in self.model[0].parameters()),
