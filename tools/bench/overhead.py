@@ -46,6 +46,9 @@ RESAMPLES = 10_000
 MARK = "<!-- Everything below is made by tools/bench/overhead.py --update-page. -->"
 # Flags of places that a measurement leaves alone, each with one value.
 _PLACES = ("--save", "--load", "--tensorboard-dir", "--graft-run-dir", "--save-interval")
+# Both runs keep the weights that they were given, by which a site adds exactly nothing. So the routers of both choose
+# the same experts; else one run's experts would be more evenly loaded than the other's, and its products faster.
+_AS_INITIALISED = ("--lr", "0", "--min-lr", "0", "--weight-decay", "0")
 _LAYER, _ROW_WIDTH = 1, 64
 
 
@@ -85,7 +88,13 @@ class Comparisons:
             )  # fmt: skip
         recorded = json.loads(path.read_text(encoding="utf-8"))["arguments"]
         steps = (arguments.pairs + WARM_UP_BLOCKS) * arguments.steps
-        self.flags = [*without_flags(_PLACES, recorded), "--train-iters", str(steps), *arguments.flags]
+        self.flags = [
+            *without_flags(_PLACES, recorded),
+            "--train-iters",
+            str(steps),
+            *_AS_INITIALISED,
+            *arguments.flags,
+        ]
 
     def memory(self) -> dict[str, Any]:
         """The run's model, with and without its memory."""

@@ -43,3 +43,16 @@ def test_a_later_input_changes_no_earlier_output(generator: torch.Generator) -> 
     after = causal_depthwise_convolution(x, kernel, 2, position, SequenceSplit())
     assert torch.equal(before[:7], after[:7])
     assert not torch.equal(before[7:], after[7:])
+
+
+def test_gradients_are_those_of_the_definition(generator: torch.Generator) -> None:
+    x = torch.randn(11, 2, 3, generator=generator, dtype=torch.float64, requires_grad=True)
+    kernel = torch.randn(3, 3, generator=generator, dtype=torch.float64, requires_grad=True)
+    position = torch.arange(11).repeat(2, 1).t().clone()
+    position[4:, 0] -= 4
+    weight = torch.randn(11, 2, 3, generator=generator, dtype=torch.float64)
+    found, expected = (
+        torch.autograd.grad((convolve(x, kernel, 2, position, *split) * weight).sum(), (x, kernel))
+        for convolve, split in ((causal_depthwise_convolution, [SequenceSplit()]), (by_definition, []))
+    )
+    assert all(map(torch.allclose, found, expected))
