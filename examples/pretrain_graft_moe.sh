@@ -228,6 +228,8 @@ main() {
     if [ -n "${LOCAL_RANK:-}" ]; then
         forwarding_signals python -m megatron_graft.training.pretrain "${ARGS[@]}"
     else
+        # After SIGTERM; its own 30 s are too little to save a large model.
+        export TORCH_ELASTIC_SHUTDOWN_TIMEOUT="${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-600}"
         forwarding_signals python -m torch.distributed.run \
             --nproc-per-node "${PROCESSES}" \
             --nnodes "${NUM_NODES:-1}" \

@@ -98,6 +98,11 @@ SERVED = (
         layouts=("PP=2", "PP=2, EP=2", "TP=2, sequence parallel, PP=2"),
     ),
     Served(
+        dimension="uneven pipeline stages",
+        flags="--pipeline-model-parallel-layout --decoder-first-pipeline-num-layers --decoder-last-pipeline-num-layers",
+        how="Megatron says which layers a stage has", layouts=("PP=2, uneven",),
+    ),
+    Served(
         dimension="interleaved pipeline",
         flags="--num-layers-per-virtual-pipeline-stage --num-virtual-stages-per-pipeline-rank",
         how="every virtual stage has a stream of its own, which fetches what its own sites read",

@@ -6,6 +6,7 @@ Light at import time on purpose: saving a checkpoint starts a helper process tha
 from __future__ import annotations
 
 from megatron_graft.commands import run_command
+from megatron_graft.compat.save_helper import outlive_signals
 
 
 def main() -> int:
@@ -18,5 +19,7 @@ def main() -> int:
     return run_command(run_pretraining)
 
 
+if __name__ == "__mp_main__":
+    outlive_signals()
 if __name__ == "__main__":
     raise SystemExit(main())

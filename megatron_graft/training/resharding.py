@@ -19,6 +19,9 @@ _SIZES = {
     "tensor_model_parallel_size": "--tensor-model-parallel-size",
     "pipeline_model_parallel_size": "--pipeline-model-parallel-size",
     "virtual_pipeline_model_parallel_size": "--num-layers-per-virtual-pipeline-stage",
+    "pipeline_model_parallel_layout": "--pipeline-model-parallel-layout",
+    "decoder_first_pipeline_num_layers": "--decoder-first-pipeline-num-layers",
+    "decoder_last_pipeline_num_layers": "--decoder-last-pipeline-num-layers",
     "expert_model_parallel_size": "--expert-model-parallel-size",
 }
 _WEIGHTS_ONLY = "Add --no-load-optim to start with fresh optimizer state, or keep the layout."
@@ -37,7 +40,7 @@ def check_resharding(args: argparse.Namespace) -> None:
     if getattr(saved, "no_save_optim", False):
         return  # Megatron says itself that there is nothing to load
     _check_expert_parallel(args, saved)
-    _check_optimizer(args, saved)
+    check_optimizer(args, saved)
 
 
 def _check_expert_parallel(args: argparse.Namespace, saved: Any) -> None:
@@ -52,7 +55,12 @@ def _check_expert_parallel(args: argparse.Namespace, saved: Any) -> None:
         )  # fmt: skip
 
 
-def _check_optimizer(args: argparse.Namespace, saved: Any) -> None:
+def check_optimizer(args: argparse.Namespace, saved: Any) -> None:
+    """Compare what the optimizer's state depends on with the arguments that a checkpoint was saved with.
+
+    Raises:
+        ConfigError: it cannot be brought from the one to the other.
+    """
     if args.use_distributed_optimizer != saved.use_distributed_optimizer:
         raise ConfigError(
             "--use-distributed-optimizer",
@@ -62,11 +70,11 @@ def _check_optimizer(args: argparse.Namespace, saved: Any) -> None:
     if not args.use_distributed_optimizer or getattr(saved, "dist_ckpt_optim_fully_reshardable", False):
         return
     for name, flag in _SIZES.items():
-        if getattr(args, name) != getattr(saved, name):
+        if getattr(args, name) != getattr(saved, name, None):
             raise ConfigError(
                 flag,
                 f"differs from that of {args.load}, which was saved without --dist-ckpt-optim-fully-reshardable: its "
                 "optimizer state follows another number of data-parallel ranks only",
-                got=getattr(args, name), expected=getattr(saved, name),
+                got=getattr(args, name), expected=getattr(saved, name, None),
                 remedy=f"{_WEIGHTS_ONLY} Checkpoints saved with that flag can be continued in other layouts.",
             )  # fmt: skip

@@ -28,6 +28,10 @@ from megatron_graft.training.run_cost import RunShape, SitePlan
 from megatron_graft.training.run_terms import BankShape
 from megatron_graft.training.settings import EngramSettings, GraftSettings
 
+_UNEVEN_STAGES = (
+    "pipeline_model_parallel_layout", "decoder_first_pipeline_num_layers", "decoder_last_pipeline_num_layers",
+    "account_for_embedding_in_pipeline_split", "account_for_loss_in_pipeline_split",
+)  # fmt: skip
 _ANY_VOCABULARY = 1 << 17  # sizes of tables do not depend on it
 
 
@@ -65,6 +69,7 @@ def plan_run(flags: Sequence[str], world_size: int, bank: BankShape | None = Non
     require_megatron()
     use_shipped_dataset_helpers()
     args = _arguments(flags, world_size)
+    _require_even_stages(args)
     settings = graft_settings(args)
     banks = tuple(bank or _bank_shape(path) for path in settings.banks)
     shape = RunShape(
@@ -92,6 +97,15 @@ def plan_run(flags: Sequence[str], world_size: int, bank: BankShape | None = Non
         backbone_flops=num_floating_point_operations(args, args.global_batch_size) / tokens,
         tokens=tokens,
     )
+
+
+def _require_even_stages(args: argparse.Namespace) -> None:
+    for name in _UNEVEN_STAGES:
+        if value := getattr(args, name):
+            raise ConfigError(
+                f"--{name.replace('_', '-')}", "gives pipeline stages different numbers of layers: not planned",
+                got=value, remedy="Plan with even stages: leave it out.",
+            )  # fmt: skip
 
 
 def _arguments(flags: Sequence[str], world_size: int) -> argparse.Namespace:

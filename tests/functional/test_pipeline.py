@@ -252,14 +252,17 @@ def test_torchrun_starts_two_processes_and_saves(prepared: Job) -> None:
 
 
 def test_a_run_that_is_told_to_stop_saves_and_is_finished_by_the_same_call(prepared: Job) -> None:
-    steps, run = 100, prepared.run_directory("stopped")
-    flags = ("--train-iters", steps, "--save-interval", 1000, "--log-interval", 50, "--eval-interval", 1000)
+    """After a checkpoint, too: what saves the next one is running by then, and gets the signal as well."""
+    steps, interval, run = 40, 5, prepared.run_directory("stopped")
+    flags = ("--train-iters", steps, "--save-interval", interval, "--log-interval", 50, "--eval-interval", 1000)
     variables = {"RUN_NAME": "stopped", "GRAFT_BANK": "work/bank"}
-    under_way = (signal.SIGTERM, lambda: len(read_records(run)) >= 3)
+    tracker = run / "checkpoints" / "latest_checkpointed_iteration.txt"
+    under_way = (signal.SIGTERM, tracker.is_file)
     stopped = run_script(prepared, *flags, interrupt=under_way, **variables)
     assert stopped.code != 0, "a job that was stopped must not look finished"
     saved = newest_checkpoint(run)
-    assert 3 <= saved < steps
+    assert interval <= saved < steps
+    assert saved == read_records(run)[-1]["iteration"]
     assert not (run / "report.json").exists()
     run_script(prepared, *flags, **variables).ok()
     assert [record["iteration"] for record in read_records(run)] == list(range(1, steps + 1))

@@ -16,8 +16,8 @@ RUN = [*MODEL_FLAGS, *MOE_FLAGS, *TRAINING_FLAGS, *CPU_FLAGS, "--train-iters", 4
 RUN += ["--vocab-size", 1000, "--graft-bank", "not-built-yet", "--graft-layers", 2, "--mock-data"]
 
 
-def plan(*options: object) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, REPOSITORY / "tools" / "plan.py", "train", *options, "--", *RUN]
+def plan(*options: object, flags: tuple[object, ...] = ()) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, REPOSITORY / "tools" / "plan.py", "train", *options, "--", *RUN, *flags]
     return subprocess.run([str(word) for word in command], capture_output=True, text=True, check=False)
 
 
@@ -51,3 +51,10 @@ def test_what_cannot_be_planned_says_why(options: tuple[object, ...], message: s
     done = plan(*(options if "--bank-shape" in options else (*options, "--bank-shape", "1e6x64")))
     assert done.returncode == 2
     assert message in done.stderr
+
+
+def test_uneven_stages_are_not_planned() -> None:
+    uneven = ("--pipeline-model-parallel-size", 2, "--decoder-first-pipeline-num-layers", 1)
+    done = plan("--world-size", 4, "--bank-shape", "1e6x64", flags=uneven)
+    assert done.returncode == 2
+    assert "--decoder-first-pipeline-num-layers: gives pipeline stages different numbers of layers" in done.stderr

@@ -76,6 +76,10 @@ LAYOUTS = {
     "PP=2, interleaved": Layout(
         processes=2, flags=(*PP2, *INTERLEAVED), split=Split(pipeline=2, virtual=2)
     ),
+    "PP=2, uneven": Layout(
+        processes=2, flags=(*PP2, "--pipeline-model-parallel-layout", "Ettt|tL"),
+        split=Split(pipeline=2, first_layers=(0, 3)),
+    ),
     "TP=2, sequence parallel, EP=2, ETP=1": Layout(
         processes=2, flags=(*TP2, *SP, *EP2, "--expert-tensor-parallel-size", 1),
         split=Split(tensor=2, expert=2, folded=True, sequence_parallel=True),

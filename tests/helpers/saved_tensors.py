@@ -26,6 +26,7 @@ class Split:
     Attributes:
         tensor, pipeline, expert: over how many ranks.
         virtual: model chunks of each pipeline rank.
+        first_layers: number from 0 of the first layer of each pipeline rank; none if all have equally many.
         folded: whole experts are split over the tensor-parallel ranks (--expert-tensor-parallel-size 1).
         sequence_parallel: whether positions are.
     """
@@ -34,6 +35,7 @@ class Split:
     pipeline: int = 1
     expert: int = 1
     virtual: int = 1
+    first_layers: tuple[int, ...] = ()
     folded: bool = False
     sequence_parallel: bool = False
 
@@ -67,7 +69,7 @@ def read_gradients(checkpoints: Path, iteration: int, split: Split | None = None
             ranks, stage = [file[f"model_chunk{chunk}"] for file in files], chunk * split.pipeline + pipeline
             for name in ranks[0]:
                 for whole, expert in _wholes(ranks, name, split, experts):
-                    copies.setdefault(_global_name(name, stage, expert, ranks[0]), []).append(whole)
+                    copies.setdefault(_global_name(name, split, stage, expert, ranks[0]), []).append(whole)
     return copies
 
 
@@ -92,11 +94,15 @@ def _join(parts: list[torch.Tensor], name: str, split: Split) -> list[torch.Tens
     return parts
 
 
-def _global_name(name: str, stage: int, expert: int, rank: dict[str, torch.Tensor]) -> str:
-    """Layers and experts are numbered from 0 on each stage and rank, and each has equally many."""
-    for pattern, place in ((r"(?<=decoder\.layers\.)\d+", stage), (r"(?<=local_experts\.)\d+", expert)):
+def _global_name(name: str, split: Split, stage: int, expert: int, rank: dict[str, torch.Tensor]) -> str:
+    """Layers and experts are numbered from 0 on each stage and rank; all ranks have equally many experts."""
+    for pattern, place, firsts in (
+        (r"(?<=decoder\.layers\.)\d+", stage, split.first_layers),
+        (r"(?<=local_experts\.)\d+", expert, ()),
+    ):
         here = len({found.group() for other in rank if (found := re.search(pattern, other))})
-        name = re.sub(pattern, lambda found, first=place * here: str(int(found.group()) + first), name)
+        first = firsts[place] if firsts else place * here
+        name = re.sub(pattern, lambda found, first=first: str(int(found.group()) + first), name)
     return name
 
 

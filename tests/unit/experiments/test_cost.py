@@ -1,0 +1,23 @@
+"""Operations on paper, against Megatron's own count of a training step."""
+
+from __future__ import annotations
+
+import pytest
+
+from megatron_graft.experiments.cost import backbone_flops
+from megatron_graft.training.run_plan import plan_run
+from tests.helpers.tiny_run import CPU_FLAGS, TRAINING_FLAGS
+
+BACKWARD = 3  # a forward pass, and twice as much backward
+SIZES = {"num_layers": 4, "hidden_size": 192, "ffn_hidden_size": 256, "seq_length": 512}
+
+
+@pytest.mark.parametrize("experts", [0, 8])
+def test_the_backbone_costs_what_megatron_says(experts: int) -> None:
+    sizes = SIZES | {"num_experts": experts, "moe_router_topk": 2}
+    flags = [word for name, value in SIZES.items() for word in (f"--{name.replace('_', '-')}", value)]
+    flags += ["--num-attention-heads", 4, "--max-position-embeddings", 512, "--swiglu", "--disable-bias-linear"]
+    flags += ["--num-experts", 8, "--moe-router-topk", 2] if experts else []
+    flags += ["--normalization", "RMSNorm", "--tokenizer-type", "NullTokenizer", "--vocab-size", 8191, "--mock-data"]
+    plan = plan_run([str(word) for word in (*flags, *TRAINING_FLAGS, *CPU_FLAGS, "--train-iters", 1)], 1)
+    assert BACKWARD * backbone_flops(sizes, 8192, gated=True) == pytest.approx(plan.backbone_flops, rel=0.01)
