@@ -49,8 +49,9 @@ def causal_depthwise_convolution(
 class _DocumentConvolution(torch.autograd.Function):
     """The same of one run of positions, after its left context.
 
-    Written out, since this is bound by memory: autograd would keep and read a masked copy of the input for each tap,
-    and fill a gradient as large as the input for each slice of it.
+    Taps outside the document are multiplied by zero: activations must be finite, as everywhere in a model. Written out,
+    since this is bound by memory: autograd would keep and read a masked copy of the input for each tap, and fill a
+    gradient as large as the input for each slice of it.
     """
 
     @staticmethod

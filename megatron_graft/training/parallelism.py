@@ -99,7 +99,7 @@ SERVED = (
     ),
     Served(
         dimension="uneven pipeline stages",
-        flags="--pipeline-model-parallel-layout --decoder-first-pipeline-num-layers --decoder-last-pipeline-num-layers",
+        flags="--pipeline-model-parallel-layout",
         how="Megatron says which layers a stage has", layouts=("PP=2, uneven",),
     ),
     Served(

@@ -158,10 +158,9 @@ class Comparisons:
             raise MeasurementFailed("tools/bench/step_times.py", "failed; its own message stands above")
         measured: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
         first, second = (measured[name]["block_seconds"] for name in runs)
-        tokens = next(iter(measured.values()))["tokens_per_step"]
         return {
-            "runs": measured, "steps": arguments.steps, "tokens_per_step": tokens, **ratio_of(first, second),
-            "commit": commit(), "load": load.report(),
+            "runs": measured, "steps": arguments.steps, **ratio_of(first, second), "commit": commit(),
+            "load": load.report(),
         }  # fmt: skip
 
 
@@ -250,9 +249,10 @@ def markdown(results: dict[str, Any]) -> str:
 
 def _circumstances(part: dict[str, Any]) -> str:
     parameters = " and ".join(f"{run['parameters']:,}" for run in part["runs"].values())
+    tokens = next(iter(part["runs"].values()))["tokens_per_step"]
     idle = "idle" if part["load"]["idle_at_start"] else "NOT idle"
     return (
-        f"{parameters} parameters; {part['pairs']} pairs of blocks of {part['steps']} x {part['tokens_per_step']:,} "
+        f"{parameters} parameters; {part['pairs']} pairs of blocks of {part['steps']} x {tokens:,} "
         f"tokens; commit {part['commit']}, {idle} at the start"
     )
 

@@ -56,3 +56,14 @@ def test_gradients_are_those_of_the_definition(generator: torch.Generator) -> No
         for convolve, split in ((causal_depthwise_convolution, [SequenceSplit()]), (by_definition, []))
     )
     assert all(map(torch.allclose, found, expected))
+
+
+def test_bf16_keeps_its_type_forward_and_backward(generator: torch.Generator) -> None:
+    x = torch.randn(12, 1, 3, generator=generator).bfloat16().requires_grad_()
+    kernel = torch.randn(4, 3, generator=generator).bfloat16().requires_grad_()
+    position = torch.arange(12)[:, None]
+    y = causal_depthwise_convolution(x, kernel, 2, position, SequenceSplit())
+    y.sum().backward()
+    assert {y.dtype, x.grad.dtype, kernel.grad.dtype} == {torch.bfloat16}  # type: ignore[union-attr]
+    expected = by_definition(x.detach().double(), kernel.detach().double(), 2, position)
+    assert torch.allclose(y.double(), expected, rtol=0.02, atol=0.05)
