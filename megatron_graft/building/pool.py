@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import ctypes
 import multiprocessing
-import signal
-import sys
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
@@ -16,8 +13,8 @@ from megatron_graft.building.count import count_stages
 from megatron_graft.building.count_plan import CountPlan
 from megatron_graft.building.tasks import BuildLog, Stage, StageProgress, run_task, tasks_of_rank
 from megatron_graft.errors import PlatformError
+from megatron_graft.processes import end_with_parent
 
-_PR_SET_PDEATHSIG = 1
 _stages: dict[str, Stage] = {}
 _log: BuildLog | None = None
 
@@ -77,8 +74,7 @@ class CountingPool:
 
 def _prepare(plan: CountPlan, work: Path, log: Path) -> None:
     global _log
-    if sys.platform == "linux":  # a worker whose parent was killed would wait for ever
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    end_with_parent()  # or it would wait for ever for tasks of a parent that was killed
     _stages.update({stage.name: stage for stage in count_stages(plan, work)})
     _log = BuildLog(log)
 

@@ -8,19 +8,15 @@ Light at import time.
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
 import signal
-import sys
+
+from megatron_graft.processes import end_with_parent
 
 _ENDING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
-_PR_SET_PDEATHSIG = 1
 
 
 def outlive_signals() -> None:
     """Ignore the signals that end a run; end with the process that started this one, however that ends."""
     for number in _ENDING:
         signal.signal(number, signal.SIG_IGN)
-    if sys.platform == "linux":
-        with contextlib.suppress(OSError, AttributeError):  # a C library without prctl(): it may be left behind
-            ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    end_with_parent()

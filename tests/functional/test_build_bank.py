@@ -113,8 +113,8 @@ def test_a_build_killed_again_and_again_ends_with_the_same_bytes(inputs: Path, b
         while process.poll() is None and time.monotonic() < deadline and num_tasks_logged(log) <= done_before_kills:
             time.sleep(0.01)
         time.sleep(choose.uniform(0, 0.4))
-        process.kill()  # the workers must not outlive it
-        process.communicate()
+        process.kill()
+        process.communicate(timeout=60)  # its workers hold the pipe: none may outlive it
         assert not (tmp_path / "bank").exists() or process.returncode in (0, -signal.SIGKILL)
         done_before_kills = num_tasks_logged(log)
     assert done_before_kills >= 6
