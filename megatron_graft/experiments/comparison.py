@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from megatron_graft.experiments.experiment import CORE, ROUND, Experiment, Hypothesis
+from megatron_graft.experiments.experiment import CORE, ROUND, Experiment, Hypothesis, Pair
 from megatron_graft.experiments.match_losses import by_order_of, grids_of, hit_rates_of
 from megatron_graft.experiments.records import Records, RunRecord
 from megatron_graft.experiments.statistics import (
@@ -77,6 +77,7 @@ def summarise(experiment: Experiment, records: Records) -> Summary:
         "bootstrap_seed": BOOTSTRAP_SEED,
         "texts": texts,
         "hypotheses": {one.name: _verdict(experiment, records, one, level) for one in experiment.hypotheses},
+        "pairs": {f"{one.first}_minus_{one.second}": _pair(experiment, records, one) for one in experiment.pairs},
         "arms": {arm: _arm(experiment, records, arm, references, texts) for arm in records.runs},
         "grids": grids_of(experiment, records),
         "round": _round(experiment, records),
@@ -97,6 +98,11 @@ def _verdict(experiment: Experiment, records: Records, hypothesis: Hypothesis, l
         "claim": hypothesis.claim, "better": hypothesis.better, "worse": hypothesis.worse, "state": state,
         "reason": reason, "difference": found and found.as_json(),
     }  # fmt: skip
+
+
+def _pair(experiment: Experiment, records: Records, pair: Pair) -> dict[str, Any]:
+    found = difference(records, pair.first, pair.second, experiment.primary)
+    return {"first": pair.first, "second": pair.second, "difference": found and found.as_json()}
 
 
 def _texts(experiment: Experiment, records: Records) -> dict[str, Any]:

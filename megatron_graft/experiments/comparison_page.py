@@ -36,6 +36,7 @@ def page_of(summary: Summary, plots: Mapping[str, str], words: str = "") -> str:
         f"# {shown.sentence(summary['experiment'].replace('-', ' ').replace('_', ' '))}",
         _opening(summary),
         *_verdicts(summary),
+        *_pairs(summary),
         words.strip(),
         *core_section(summary, plots),
         *text_section(summary),
@@ -84,6 +85,18 @@ def _verdicts(summary: Summary) -> Iterable[str]:
     yield markdown_table(heads, [_hypothesis_row(name, one, seeds) for name, one in hypotheses.items()])
 
 
+def _pairs(summary: Summary) -> Iterable[str]:
+    found = [one for one in summary["pairs"].values() if one["difference"]]
+    if not found:
+        return
+    yield f"Without a hypothesis, and so at {shown.level(summary['level'])} and without a verdict:"
+    seeds = list(dict.fromkeys(seed for one in found for seed in _seeds(one)))
+    yield markdown_table(
+        ["A − B", "mean", "over documents", "over seeds", *(f"seed {seed}" for seed in seeds), "SD"],
+        [[f"`{one['first']}` − `{one['second']}`", *_difference_cells(one, seeds)] for one in found],
+    )
+
+
 def verdict_sentence(name: str, one: Mapping[str, Any]) -> str:
     """One hypothesis, what became of it, and by which numbers."""
     head = f"**{name} {one['state']}**"
@@ -102,10 +115,14 @@ def verdict_sentence(name: str, one: Mapping[str, Any]) -> str:
 
 
 def _hypothesis_row(name: str, one: Mapping[str, Any], seeds: Sequence[str]) -> list[str]:
+    return [name, f"`{one['better']}` − `{one['worse']}`", one["state"], *_difference_cells(one, seeds)]
+
+
+def _difference_cells(one: Mapping[str, Any], seeds: Sequence[str]) -> list[str]:
+    """Mean, both intervals, the difference at each seed, and their standard deviation."""
     found = one["difference"] or {}
     return [
-        name, f"`{one['better']}` − `{one['worse']}`", one["state"], shown.signed(found.get("mean")),
-        shown.interval(found.get("documents")), shown.interval(found.get("over_seeds")),
+        shown.signed(found.get("mean")), *(shown.interval(found.get(kind)) for kind in ("documents", "over_seeds")),
         *(shown.signed(_seeds(one).get(seed)) for seed in seeds), shown.loss(found.get("sd")),
     ]  # fmt: skip
 

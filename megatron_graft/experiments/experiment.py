@@ -16,6 +16,8 @@
       graft: {label: a grafted bank, group: core, bank: real, flags: {graft-layers: 2}}
     hypotheses:
       - {name: H1, better: graft, worse: none, claim: a grafted bank beats no memory}
+    pairs:
+      - {first: graft, second: none}
 
 Flags are those of Megatron and of this package, without their dashes: a number or a word is the value, a list several
 values, ``true`` a flag without one. Those of an arm win over the recipient's.
@@ -96,6 +98,14 @@ class Hypothesis:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Pair:
+    """Two arms that are compared though no hypothesis was fixed about them."""
+
+    first: str
+    second: str
+
+
+@dataclass(frozen=True, kw_only=True)
 class TextPlan:
     """Which texts are trained on and evaluated; see :func:`megatron_graft.experiments.texts.prepare_texts`.
 
@@ -139,7 +149,7 @@ class Experiment:
         evaluation: see :class:`EvaluationPlan`.
         recipient: flags of every arm.
         banks, arms: by name, in the file's order.
-        hypotheses: in the file's order.
+        hypotheses, pairs: in the file's order.
     """
 
     name: str
@@ -152,6 +162,7 @@ class Experiment:
     banks: dict[str, BankPlan]
     arms: dict[str, Arm]
     hypotheses: tuple[Hypothesis, ...]
+    pairs: tuple[Pair, ...]
 
     def plans_of(self, bank: str) -> list[BankPlan]:
         """The plans that make a bank, in order: itself, after the one that it is a control of."""
@@ -191,6 +202,7 @@ def load_experiment(path: Path) -> Experiment:
         banks=banks,
         arms=arms,
         hypotheses=tuple(_hypothesis(fields) for fields in top.items_of("hypotheses")),
+        pairs=tuple(_pair(fields) for fields in top.items_of("pairs")),
     )
     top.skip("parts")  # anchors that arms refer to
     top.finish()
@@ -262,11 +274,19 @@ def _hypothesis(fields: YamlFields) -> Hypothesis:
     return hypothesis
 
 
+def _pair(fields: YamlFields) -> Pair:
+    pair = Pair(first=fields.text("first"), second=fields.text("second"))
+    fields.finish()
+    return pair
+
+
 def _check_names(path: Path, experiment: Experiment) -> None:
     """Every arm and bank that is referred to is there, and no control is made from itself."""
     arms = {"baseline": experiment.baseline}
     for hypothesis in experiment.hypotheses:
         arms |= {f"hypotheses {hypothesis.name} {side}": getattr(hypothesis, side) for side in ("better", "worse")}
+    for number, pair in enumerate(experiment.pairs):
+        arms |= {f"pairs[{number}].{side}": getattr(pair, side) for side in ("first", "second")}
     for arm in experiment.arms.values():
         arms |= {f"arms.{arm.name}.against": name for name in arm.against}
         arms |= {f"arms.{arm.name}.against.{name}": other for name, other in arm.against.items()}

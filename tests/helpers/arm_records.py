@@ -38,6 +38,8 @@ arms:
   layer_2: {label: layer 2, group: sweep, sweeps: {donor layer: "2"}, bank: real, seeds: [1]}
   layer_9: {label: layer 9, group: sweep, sweeps: {donor layer: "9"}, bank: real, seeds: [1]}
   tuned: {label: best learning rate, group: round, bank: real}
+pairs:
+  - {first: sum_shuffled, second: none}
 hypotheses:
   - {name: H1, better: engram, worse: none, claim: a table beats no memory}
   - {name: H2, better: sum, worse: engram, claim: a bank added beats the table alone}

@@ -53,6 +53,7 @@ def test_a_page_of_all_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     assert headings(page) == HEADINGS
     assert page.index("**H1 shown**") < page.index("What we make of it.") < page.index("## Arms")
     assert "H2 shown: a bank added beats the table alone; `sum` − `engram` = −0.10" in capsys.readouterr().out
+    assert re.search(r"Without a hypothesis.*\n\n.*\n.*\n\| `sum_shuffled` − `none` \| −0\.", section(page, "Verdicts"))
     assert "Nothing: every run" in section(page, "What is not run yet")
     assert "| `graft`: bank alone | one seed |" in section(page, "Further arms")
     assert [line for line in section(page, "Sweeps").splitlines() if line.startswith("###")] == [

@@ -83,6 +83,17 @@ def test_the_interval_of_a_hypothesis_is_wider_than_that_of_a_table(summary_of: 
     assert judged["mean"] == shown["none"]["mean"]
 
 
+def test_a_pair_without_a_hypothesis_has_the_difference_of_a_table_and_no_part_in_the_correction(
+    summary_of: Summarise,
+) -> None:
+    summary = summary_of(all_records_with({}))
+    pair = summary["pairs"]["sum_shuffled_minus_none"]
+    assert (pair["first"], pair["second"]) == ("sum_shuffled", "none")
+    assert pair["difference"] == summary["arms"]["sum_shuffled"]["texts"]["heldout"]["minus"]["none"]
+    assert summary["hypothesis_level"] == pytest.approx(1 - 0.05 / 3)
+    assert summary_of([make_record("none", 1)])["pairs"]["sum_shuffled_minus_none"]["difference"] is None
+
+
 def test_partial_results_leave_out_what_is_not_there(summary_of: Summarise) -> None:
     summary = summary_of([make_record("none", 1), make_record("engram", 1), make_record("engram", 2)])
     assert states(summary) == {

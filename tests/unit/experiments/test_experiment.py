@@ -108,6 +108,7 @@ def test_flags_as_a_command_line() -> None:
         (("seeds",), ["one"], r"seeds\[0\]: is of the wrong kind"),
         (("baseline",), "nothing", "baseline: names what is not there"),
         (("hypotheses",), [{"name": "H1"}], r"hypotheses\[0\].better: is missing"),
+        (("pairs",), [{"first": "none", "second": "rael"}], r"pairs\[0\].second: names what is not there .*rael"),
         (("banks", "shuffled", "from"), "shuffled", "banks.shuffled.from: names a control"),
         (("banks", "real", "control"), "shuffled", "banks.real.*: is neither a bank nor a control"),
         (("texts", "held_out_fraction"), "much", "texts.held_out_fraction: is of the wrong kind"),
