@@ -20,11 +20,11 @@ from megatron_graft.commands import run_command
 from megatron_graft.errors import ConfigError
 from megatron_graft.experiments.experiment import Experiment, load_experiment
 from megatron_graft.experiments.prepare import prepare
-from megatron_graft.experiments.record import recorded_names
+from megatron_graft.experiments.records import finished_runs
 from megatron_graft.experiments.runner import Resources, Runner
 from megatron_graft.experiments.runs import Places, PlannedRun, plan_runs
 
-EXIT_RUNS_FAILED = 1
+EXIT_RUNS_FAILED, EXIT_STOPPED = 1, 128 + signal.SIGTERM
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
@@ -72,10 +72,10 @@ def _chosen(arguments: argparse.Namespace, experiment: Experiment) -> list[Plann
     return [runs[arguments.task]]
 
 
-def _print_list(runs: list[PlannedRun], places: Places) -> None:
-    recorded = recorded_names(places.records)
+def _print_list(runs: list[PlannedRun], places: Places, finished: set[tuple[str, int]]) -> None:
     for number, run in enumerate(runs):
-        state = "finished" if run.name in recorded else "begun" if (places.runs / run.name).is_dir() else "to do"
+        begun = (places.runs / run.name).is_dir()
+        state = "finished" if (run.arm.name, run.seed) in finished else "begun" if begun else "to do"
         print(f"{number:4} {run.name:32} {run.arm.group:8} {state:9} {run.arm.label}")
 
 
@@ -89,32 +89,32 @@ def _resources(arguments: argparse.Namespace) -> Resources:
     )
 
 
-def _work(arguments: argparse.Namespace) -> list[str]:
+def _work(arguments: argparse.Namespace) -> int:
     experiment = load_experiment(arguments.experiment)
     places = _places(arguments, experiment.name)
     runs = _chosen(arguments, experiment)
+    finished = finished_runs(places.records, experiment)
     if arguments.list:
-        _print_list(runs, places)
-        return []
-    recorded = recorded_names(places.records)
-    if all(run.name in recorded for run in runs):
+        _print_list(runs, places, finished)
+        return 0
+    if all((run.arm.name, run.seed) in finished for run in runs):
         print(f"{places.records}: all {len(runs)} runs are finished")
-        return []
+        return 0
     texts = prepare(experiment, places, runs)
     if arguments.prepare_only:
-        return []
+        return 0
     runner = Runner(experiment, places, texts, _resources(arguments))
-    for number in (signal.SIGTERM, signal.SIGINT):
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         signal.signal(number, lambda *_: runner.stop())
-    return runner.work_on(runs)
+    failures = runner.work_on(runs)
+    return EXIT_STOPPED if runner.stopped else EXIT_RUNS_FAILED if failures else 0
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command; return its exit code."""
     arguments = parse_arguments(argv)
-    failures: list[str] = []
-    status = run_command(lambda: failures.extend(_work(arguments)))
-    return status or (EXIT_RUNS_FAILED if failures else 0)
+    statuses: list[int] = []
+    return run_command(lambda: statuses.append(_work(arguments))) or statuses[0]
 
 
 if __name__ == "__main__":

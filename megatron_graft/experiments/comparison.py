@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from megatron_graft.experiments.experiment import CORE, ROUND, Experiment, Hypothesis, Pair
-from megatron_graft.experiments.match_losses import by_order_of, grids_of, hit_rates_of
+from megatron_graft.experiments.match_losses import by_order_of, contributions_of, grids_of, hit_rates_of
 from megatron_graft.experiments.records import Records, RunRecord
 from megatron_graft.experiments.statistics import (
     BOOTSTRAP_SEED,
@@ -76,8 +76,10 @@ def summarise(experiment: Experiment, records: Records) -> Summary:
         "resamples": RESAMPLES,
         "bootstrap_seed": BOOTSTRAP_SEED,
         "texts": texts,
-        "hypotheses": {one.name: _verdict(experiment, records, one, level) for one in experiment.hypotheses},
-        "pairs": {f"{one.first}_minus_{one.second}": _pair(experiment, records, one) for one in experiment.pairs},
+        "hypotheses": {one.name: _verdict(experiment, records, one, level, texts) for one in experiment.hypotheses},
+        "pairs": {
+            f"{one.first}_minus_{one.second}": _pair(experiment, records, one, texts) for one in experiment.pairs
+        },
         "arms": {arm: _arm(experiment, records, arm, references, texts) for arm in records.runs},
         "grids": grids_of(experiment, records),
         "round": _round(experiment, records),
@@ -88,7 +90,9 @@ def summarise(experiment: Experiment, records: Records) -> Summary:
     }
 
 
-def _verdict(experiment: Experiment, records: Records, hypothesis: Hypothesis, level: float) -> dict[str, Any]:
+def _verdict(
+    experiment: Experiment, records: Records, hypothesis: Hypothesis, level: float, texts: Iterable[str]
+) -> dict[str, Any]:
     arms = [experiment.arms[name] for name in (hypothesis.better, hypothesis.worse)]
     found = difference(records, hypothesis.better, hypothesis.worse, experiment.primary, level)
     state, reason = judge(found, len(set(arms[0].seeds) & set(arms[1].seeds)))
@@ -97,12 +101,26 @@ def _verdict(experiment: Experiment, records: Records, hypothesis: Hypothesis, l
     return {
         "claim": hypothesis.claim, "better": hypothesis.better, "worse": hypothesis.worse, "state": state,
         "reason": reason, "difference": found and found.as_json(),
+        "texts": _by_text(records, hypothesis.better, hypothesis.worse, texts),
     }  # fmt: skip
 
 
-def _pair(experiment: Experiment, records: Records, pair: Pair) -> dict[str, Any]:
+def _pair(experiment: Experiment, records: Records, pair: Pair, texts: Iterable[str]) -> dict[str, Any]:
     found = difference(records, pair.first, pair.second, experiment.primary)
-    return {"first": pair.first, "second": pair.second, "difference": found and found.as_json()}
+    return {
+        "first": pair.first, "second": pair.second, "difference": found and found.as_json(),
+        "texts": _by_text(records, pair.first, pair.second, texts),
+    }  # fmt: skip
+
+
+def _by_text(records: Records, first: str, second: str, texts: Iterable[str]) -> dict[str, Any]:
+    """The difference of two arms on each text, and what each length of match adds to it."""
+    found = {text: difference(records, first, second, text) for text in texts}
+    return {
+        text: {"difference": one.as_json(), "parts": contributions_of(records, first, second, text)}
+        for text, one in found.items()
+        if one
+    }
 
 
 def _texts(experiment: Experiment, records: Records) -> dict[str, Any]:
@@ -145,7 +163,9 @@ def _arm(
         "hit_rate": hit_rates_of(runs, texts),
         "sites": _sites(runs),
         "texts": {text: _text(experiment, records, name, text, rivals) for text in texts if records.losses(name, text)},
-        "training": curve_of(runs, name, records.runs.get(rivals[experiment.baseline], {}), experiment.baseline),
+        "training": curve_of(
+            runs, {one: records.runs.get(other, {}) for one, other in rivals.items() if other != name}
+        ),
     }
 
 

@@ -69,6 +69,43 @@ def order_section(summary: Summary, plots: Mapping[str, str]) -> Iterable[str]:
     yield plot_line(plots, "by_order", "Differences by length of match")
 
 
+def pair_section(summary: Summary) -> Iterable[str]:
+    """Where the differences of the hypotheses and pairs come from: which text, which length of match."""
+    pairs = {f"`{one['better']}` − `{one['worse']}`": one["texts"] for one in summary["hypotheses"].values()}
+    pairs |= {f"`{one['first']}` − `{one['second']}`": one["texts"] for one in summary["pairs"].values()}
+    pairs = {label: texts for label, texts in pairs.items() if texts}
+    if not pairs:
+        return
+    yield "## Where the differences come from"
+    yield f"On every text; {shown.BOLD}. In brackets what of it falls on positions without a match."
+    names = list(summary["texts"])
+    rows = [[label, *(_with_misses(texts.get(name)) for name in names)] for label, texts in pairs.items()]
+    rates = [arm["hit_rate"] for arm in summary["arms"].values() if arm["group"] == CORE and arm["hit_rate"]]
+    if rates:
+        matched = [shown.percent((rates[0].get(name) or {}).get("any")) for name in names]
+        rows.insert(0, ["positions that match", *matched])
+    yield markdown_table(["", *(f"`{name}`" for name in names)], rows)
+    primary = summary["primary"]
+    split = {label: texts.get(primary, {}).get("parts") or {} for label, texts in pairs.items()}
+    parts = sorted({part for found in split.values() for part in found}, key=_first_number)
+    if parts:
+        yield f"On `{primary}`, the share of positions times the difference there; a line adds up to its difference:"
+        rows = [
+            [label, *(shown.with_sd(found.get(part), sign="+") for part in parts)]
+            for label, found in split.items()
+            if found
+        ]
+        yield markdown_table(["", *(part if part == MISS else f"order {part}" for part in parts)], rows)
+
+
+def _with_misses(found: Mapping[str, Any] | None) -> str:
+    if not found:
+        return NOTHING
+    missed = found["parts"].get(MISS)
+    text = shown.marked(found["difference"])
+    return f"{text} ({shown.signed(missed['mean'])})" if missed else text
+
+
 def grid_section(summary: Summary) -> Iterable[str]:
     """Differences by order and count of the matched key."""
     grids = summary["grids"]
@@ -106,27 +143,33 @@ def _first_number(bucket: str) -> int:
 
 
 def training_section(summary: Summary, plots: Mapping[str, str]) -> Iterable[str]:
-    """Differences to the baseline in the course of training."""
-    baseline = summary["references"][0]
-    told = {
-        name: arm["training"]["minus"][baseline]["at"]
-        for name, arm in arms_of(summary, CORE).items()
-        if arm["training"] and baseline in arm["training"]["minus"]
-    }
-    if not told:
+    """Differences to the references in the course of training, and how soon their last losses are reached."""
+    references = summary["references"]
+    trained = {name: arm["training"] for name, arm in arms_of(summary, CORE).items() if arm["training"]}
+    if not any(training["minus"] for training in trained.values()):
         return
     yield "## Loss against tokens"
     yield (
-        f"Training loss minus that of `{baseline}` on the same batches, before the step that learns from them, over "
-        "the twentieth of the run that ends at a share of its tokens; ± is over seeds."
+        "Training loss minus that of another arm on the same batches, before the step that learns from them, over the "
+        "twentieth of the run that ends at a share of its tokens; ± is over seeds."
     )
-    heads = ["arm", *(f"{share} % of the tokens" for share in SHARES)]
-    lines = [[f"`{name}`", *(shown.with_sd(at[str(share)], sign="+") for share in SHARES)] for name, at in told.items()]
-    yield markdown_table(heads, lines)
-    best = min(told, key=lambda name: told[name]["100"]["mean"] or 0.0)
-    steps = ", ".join(f"{shown.signed(told[best][str(share)]['mean'])} at {share} %" for share in SHARES)
-    yield f"Of `{best}`, the arm furthest below `{baseline}` at the end, the difference is {steps} of the tokens."
-    yield plot_line(plots, "tokens", f"Training loss minus that of {baseline}, against tokens")
+    for other in references:
+        lines = [
+            [f"`{name}`", *(shown.with_sd(training["minus"][other]["at"][str(share)], sign="+") for share in SHARES)]
+            for name, training in trained.items()
+            if other in training["minus"]
+        ]
+        if lines:
+            yield f"Minus that of `{other}`:"
+            yield markdown_table(["arm", *(f"{share} % of the tokens" for share in SHARES)], lines)
+    yield plot_line(plots, "tokens", f"Training loss minus that of {references[0]}, against tokens")
+    yield "Share of the tokens after which an arm's training loss is as low as the other's at the end of its run:"
+    lines = [
+        [f"`{name}`", *(shown.percent(training["minus"].get(other, {}).get("reached")) for other in references)]
+        for name, training in trained.items()
+        if training["minus"]
+    ]
+    yield markdown_table(["arm", *(f"end of `{other}`" for other in references)], lines)
 
 
 def further_section(summary: Summary) -> Iterable[str]:
@@ -201,8 +244,7 @@ def round_section(summary: Summary) -> Iterable[str]:
     yield "## After tuning"
     yield (
         f"These arms were chosen after a look at the results above; they are judged on `{text}`, by which no choice "
-        "was made. Loss of the arm of a line minus that of the arm of a column; bold where the interval over documents "
-        "excludes zero."
+        f"was made. Loss of the arm of a line minus that of the arm of a column; {shown.BOLD}."
     )
     rows = [
         [

@@ -10,6 +10,7 @@ from megatron_graft.reporting.page import NOTHING
 
 MINUS = "\N{MINUS SIGN}"
 FEW_TOKENS = 1000  # differences over fewer tokens are set in italics
+BOLD = "bold where the interval over documents excludes zero and every seed has the sign"
 
 
 def loss(value: float | None) -> str:
@@ -36,22 +37,23 @@ def interval(found: Mapping[str, Any] | None) -> str:
 
 
 def with_interval(found: Mapping[str, Any] | None) -> str:
-    """A difference with its interval over documents: ``−0.0523 [−0.0600, −0.0450]``."""
+    """A difference, its spread over seeds, and its interval over documents: ``−0.0523 ± 0.0041 [−0.0600, −0.0450]``."""
     if not found:
         return NOTHING
-    mean = signed(found["mean"])
+    mean = with_sd(found, sign="+")
     return f"{mean} {interval(found['documents'])}" if found["documents"] else mean
 
 
 def marked(found: Mapping[str, Any] | None) -> str:
-    """A difference, bold where its interval over documents excludes zero."""
+    """A difference, bold as :data:`BOLD` says."""
     if not found:
         return NOTHING
     mean = signed(found["mean"])
     bounds = found["documents"] or {"low": None, "high": None}
     if bounds["low"] is None or bounds["high"] is None:
         return mean
-    return f"**{mean}**" if bounds["high"] < 0 or bounds["low"] > 0 else mean
+    signs = {math.copysign(1, one) for one in found["by_seed"].values()}
+    return f"**{mean}**" if (bounds["high"] < 0 or bounds["low"] > 0) and len(signs) == 1 else mean
 
 
 def count(value: float | None) -> str:

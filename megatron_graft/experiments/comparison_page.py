@@ -13,6 +13,7 @@ from megatron_graft.experiments.comparison_details import (
     further_section,
     grid_section,
     order_section,
+    pair_section,
     plot_line,
     round_section,
     site_section,
@@ -41,6 +42,7 @@ def page_of(summary: Summary, plots: Mapping[str, str], words: str = "") -> str:
         *core_section(summary, plots),
         *text_section(summary),
         *order_section(summary, plots),
+        *pair_section(summary),
         *grid_section(summary),
         *training_section(summary, plots),
         *further_section(summary),
@@ -141,13 +143,12 @@ def core_section(summary: Summary, plots: Mapping[str, str]) -> Iterable[str]:
     primary, baseline = summary["primary"], summary["references"][0]
     heads = [
         "arm", "seeds", "trained", "of it tables", "stored, frozen", "fetched/token", "FLOPs/token",
-        "loss", "bits/byte", f"− `{baseline}`", "tokens/s",
+        "loss", "bits/byte", f"− `{baseline}`",
     ]  # fmt: skip
     yield markdown_table(heads, [_core_row(name, arm, primary, baseline) for name, arm in arms.items()])
     yield (
         "Trained, stored and fetched are numbers of parameters: trained ones, elements of the frozen bank, and those "
-        "of memory that a position with a match reads. FLOPs are those of a forward pass, on paper. Tokens per second "
-        "are of training, on the machine named below, beside whatever else ran there."
+        "of memory that a position with a match reads. FLOPs are those of a forward pass, on paper."
     )
     yield plot_line(plots, "differences", f"Differences of the arms to {baseline}, with intervals")
 
@@ -160,7 +161,6 @@ def _core_row(name: str, arm: Mapping[str, Any], primary: str, baseline: str) ->
         shown.count(sizes.get("fetched_per_token")), shown.millions((arm["flops_per_token"] or {}).get("total")),
         shown.with_sd(text.get("loss")), shown.with_sd(text.get("bits_per_byte")),
         shown.with_interval(text.get("minus", {}).get(baseline)) if name != baseline else NOTHING,
-        shown.count((arm["tokens_per_second"] or {}).get("mean")),
     ]  # fmt: skip
 
 
@@ -187,7 +187,7 @@ def text_section(summary: Summary) -> Iterable[str]:
     for other in summary["references"]:
         names = [name for name in arms if name != other]
         if other in arms and names:
-            yield f"Loss minus that of `{other}`; bold where the interval over documents excludes zero:"
+            yield f"Loss minus that of `{other}`; {shown.BOLD}:"
             yield table(lambda part, _, other=other: shown.marked(part.get("minus", {}).get(other)), names)
     yield (
         "Documents: "

@@ -53,6 +53,21 @@ def by_order_of(records: Records, arm: str, text: str, rivals: Mapping[str, str]
     }
 
 
+def contributions_of(records: Records, first: str, second: str, text: str) -> dict[str, Any]:
+    """What each part of the positions adds to the difference of two arms on a text: its share times its difference.
+
+    ``mean`` and ``sd`` (over seeds) by part; together they are the text's difference. Empty where the arms' losses were
+    not split by the same keys.
+    """
+    own = _by_seed(records, first, text, _orders)
+    parts = _alike(own)
+    shares = {part: tokens / sum(parts.values()) for part, tokens in parts.items()}
+    return {
+        part: {"mean": shares[part] * found["mean"], "sd": found["sd"] and shares[part] * found["sd"]}
+        for part, found in _minus(own, _by_seed(records, second, text, _orders)).items()
+    }
+
+
 def grids_of(experiment: Experiment, records: Records) -> dict[str, Any]:
     """Differences by order x count of the key: each arm with a real bank that a hypothesis favours, minus its rivals.
 

@@ -24,7 +24,7 @@ def training_script() -> Path:
 
 def code_version() -> dict[str, str | bool | None]:
     """``commit`` of the checkout that this code lies in and whether files of it are ``changed``; None where unknown."""
-    commit, status = (_git(*words) for words in (("rev-parse", "HEAD"), ("status", "--porcelain", "-uno")))
+    commit, status = (_git(*words) for words in (("rev-parse", "HEAD"), ("status", "--porcelain")))
     return {"commit": commit, "changed": None if status is None else bool(status)}
 
 

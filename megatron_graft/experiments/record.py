@@ -44,7 +44,7 @@ def make_record(experiment: Experiment, planned: PlannedRun, places: Places) -> 
         "name": planned.name,
         "commit": plan["commit"],
         "changed": plan["changed"],
-        "command": _command(planned, experiment, places),
+        "command": plan["command"],
         "machine": figures["machine"],
         "steps": run.evaluation["train_iters"],
         "tokens_seen": run.evaluation["training_text"]["tokens_seen"],
@@ -77,19 +77,6 @@ def append_record(path: Path, record: Mapping[str, Any]) -> None:
             stream.write(json.dumps(record, separators=(",", ":")).encode() + b"\n")
 
 
-def recorded_names(path: Path) -> set[str]:
-    """Names of the runs that have a record; a line that a killed writer left is none."""
-    if not path.is_file():
-        return set()
-    names = set()
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            names.add(json.loads(line)["name"])
-        except ValueError:
-            continue
-    return names
-
-
 def rounded(value: Any) -> Any:
     """A JSON value with floats at seven significant digits."""
     if isinstance(value, dict):
@@ -97,13 +84,6 @@ def rounded(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [rounded(member) for member in value]
     return float(f"{value:.{_DIGITS}g}") if isinstance(value, float) else value
-
-
-def _command(planned: PlannedRun, experiment: Experiment, places: Places) -> str:
-    """What the example script was given beyond data and directories, which are of no use to a reader."""
-    flags = planned.flags(experiment, places)
-    place = flags.index("--data-cache-path")
-    return " ".join(["examples/pretrain_graft_moe.sh", *flags[:place], *flags[place + 2 :]])
 
 
 def _parameters(run: Run) -> dict[str, int]:

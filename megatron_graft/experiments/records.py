@@ -17,9 +17,10 @@ import numpy as np
 
 from megatron_graft.errors import ConfigError, IdentityError
 from megatron_graft.experiments.experiment import Experiment
+from megatron_graft.experiments.runs import PlannedRun, changed_flags
 from megatron_graft.log import get_logger
 
-_REQUIRED = ("experiment", "arm", "seed", "steps", "parameters", "texts")
+_REQUIRED = ("experiment", "arm", "seed", "command", "steps", "parameters", "texts")
 _SUM_TOLERANCE = 1e-4  # relative; records hold seven digits
 
 
@@ -108,15 +109,15 @@ def load_records(path: Path, experiment: Experiment) -> Records:
         IdentityError: runs that should be alike were evaluated on other documents, or are of other models.
     """
     newest: dict[tuple[str, int], RunRecord] = {}
-    for place, data in _lines(path):
-        record = _record(place, data)
-        if data["experiment"] != experiment.name:
-            raise ConfigError(place, "is of another experiment", got=data["experiment"], expected=experiment.name)
-        newest[record.arm, record.seed] = record
     set_aside = []
+    for place, data in _lines(path, experiment):
+        record = _record(place, data)
+        if (record.arm, record.seed) in newest:
+            set_aside.append(f"`{record.arm}`, seed {record.seed}: recorded again later")
+        newest[record.arm, record.seed] = record
     runs: dict[str, dict[int, RunRecord]] = {arm: {} for arm in experiment.arms}
     for key in sorted(newest):
-        reason = _stranger(experiment, newest[key])
+        reason = _stranger(experiment, newest[key].data)
         if reason:
             set_aside.append(f"`{key[0]}`, seed {key[1]}: {reason}")
         else:
@@ -126,7 +127,19 @@ def load_records(path: Path, experiment: Experiment) -> Records:
     return found
 
 
-def _lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+def finished_runs(path: Path, experiment: Experiment) -> set[tuple[str, int]]:
+    """Arm and seed of every run that has a record; of a file that is not there yet, none.
+
+    Raises:
+        ConfigError: as :func:`load_records`.
+    """
+    if not path.is_file():
+        return set()
+    newest = {(data["arm"], data["seed"]): data for _, data in _lines(path, experiment)}
+    return {run for run, data in newest.items() if not _stranger(experiment, data)}
+
+
+def _lines(path: Path, experiment: Experiment) -> Iterator[tuple[str, dict[str, Any]]]:
     try:
         lines = path.read_bytes().split(b"\n")
     except OSError as error:
@@ -149,6 +162,8 @@ def _lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         missing = [name for name in _REQUIRED if name not in value] if isinstance(value, dict) else list(_REQUIRED)
         if missing:
             raise ConfigError(place, "is no record of a run", got=f"no {', '.join(missing)}")
+        if value["experiment"] != experiment.name:
+            raise ConfigError(place, "is of another experiment", got=value["experiment"], expected=experiment.name)
         yield place, value
 
 
@@ -214,16 +229,17 @@ def number_of(value: float | None) -> float:
     return math.nan if value is None else float(value)
 
 
-def _stranger(experiment: Experiment, record: RunRecord) -> str:
-    """Why a record is no run of the experiment; empty if it is one."""
-    arm = experiment.arms.get(record.arm)
+def _stranger(experiment: Experiment, data: Mapping[str, Any]) -> str:
+    """Why a record is no run of the experiment as it is now; empty if it is one."""
+    arm = experiment.arms.get(data["arm"])
     if arm is None:
         return "the experiment has no such arm"
-    if record.seed not in arm.seeds:
+    if data["seed"] not in arm.seeds:
         return f"the experiment asks for seeds {', '.join(map(str, arm.seeds))}"
-    if record.data["steps"] != arm.steps:
-        return f"{record.data['steps']} steps, the experiment asks for {arm.steps}"
-    return ""
+    if data["steps"] != arm.steps:
+        return f"{data['steps']} steps, the experiment asks for {arm.steps}"
+    changed = changed_flags(data["command"], PlannedRun(arm=arm, seed=data["seed"]).command(experiment))
+    return f"the experiment asks for other flags: {', '.join(changed)}" if changed else ""
 
 
 def _check_alike(records: Records) -> None:

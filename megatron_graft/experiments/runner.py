@@ -22,13 +22,15 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_graft.errors import GraftError
+from megatron_graft.errors import ConfigError, GraftError
 from megatron_graft.experiments.experiment import Experiment
 from megatron_graft.experiments.programs import code_version, tool_command, training_script
-from megatron_graft.experiments.record import PLAN_FILE, append_record, make_record, recorded_names
-from megatron_graft.experiments.runs import Places, PlannedRun
+from megatron_graft.experiments.record import PLAN_FILE, append_record, make_record
+from megatron_graft.experiments.records import finished_runs
+from megatron_graft.experiments.runs import Places, PlannedRun, changed_flags
 from megatron_graft.files import write_json_atomically
 from megatron_graft.log import format_seconds, get_logger
+from megatron_graft.reporting.run_files import read_json
 
 _LOG, _LOCK = "log.txt", ".lock"
 _LAST_LINES = 12
@@ -83,7 +85,7 @@ class Runner:
 
     def work_on(self, runs: Sequence[PlannedRun]) -> list[str]:
         """Finish the given runs; return the messages of those that failed. A failure stops no other run."""
-        open_runs = [run for run in runs if run.name not in recorded_names(self.places.records)]
+        open_runs = [run for run in runs if not self._is_finished(run)]
         get_logger().info("%d of %d runs to finish, %d at a time", len(open_runs), len(runs), self.resources.jobs)
         failures: list[str] = []
 
@@ -100,6 +102,11 @@ class Runner:
             list(pool.map(one, open_runs))
         return failures
 
+    @property
+    def stopped(self) -> bool:
+        """Whether it was asked to stop."""
+        return self._stopping.is_set()
+
     def stop(self) -> None:
         """End what runs; training saves a checkpoint first. Safe to call from a signal handler."""
         self._stopping.set()
@@ -109,31 +116,48 @@ class Runner:
 
     def _finish(self, run: PlannedRun, total: int) -> None:
         directory = self.places.runs / run.name
-        with _in_hand(directory) as mine:
-            if not mine:
+        with _in_hand(directory) as lock:
+            if lock is None:
                 get_logger().info("%s: another process works on it", run.name)
                 return
-            if self._stopping.is_set() or run.name in recorded_names(self.places.records):
+            if self.stopped or self._is_finished(run):
                 return
             started = time.monotonic()
+            self._keep_plan(run, directory)
             if not _is_trained(directory, run.arm.steps):
-                self._train(run, directory)
-            self._evaluate(run, directory)
+                self._train(run, directory, lock)
+            self._evaluate(run, directory, lock)
             append_record(self.places.records, make_record(self.experiment, run, self.places))
             if not self.resources.keep_checkpoints:
                 self._drop_checkpoints(directory)
         self._report(run, time.monotonic() - started, total)
 
-    def _train(self, run: PlannedRun, directory: Path) -> None:
-        if not (directory / PLAN_FILE).is_file():
-            write_json_atomically(directory / PLAN_FILE, {"arm": run.arm.name, "seed": run.seed, **code_version()})
+    def _is_finished(self, run: PlannedRun) -> bool:
+        return (run.arm.name, run.seed) in finished_runs(self.places.records, self.experiment)
+
+    def _keep_plan(self, run: PlannedRun, directory: Path) -> None:
+        """Write down what a run is when it is begun; refuse to go on with it as another one."""
+        path, command = directory / PLAN_FILE, run.command(self.experiment)
+        if not path.is_file():
+            plan = {"arm": run.arm.name, "seed": run.seed, "command": command, **code_version()}
+            write_json_atomically(path, plan)
+            return
+        begun = read_json(path, f"Remove {directory} to train the run anew.").get("command", "")
+        changed = changed_flags(begun, command)
+        if changed:
+            raise ConfigError(
+                directory, f"was begun with other flags than the experiment asks for: {', '.join(changed)}", got=begun,
+                expected=command, remedy="Remove the directory to train the run anew, or give the arm its flags back.",
+            )  # fmt: skip
+
+    def _train(self, run: PlannedRun, directory: Path, lock: int) -> None:
         environment = run.environment(
             self.places, processes=self.resources.processes, threads=self.resources.threads, port=_free_port()
         )
         command = ["bash", str(training_script()), *run.flags(self.experiment, self.places)]
-        self._call(run, "training", command, directory, environment)
+        self._call(run, "training", command, environment, lock)
 
-    def _evaluate(self, run: PlannedRun, directory: Path) -> None:
+    def _evaluate(self, run: PlannedRun, directory: Path, lock: int) -> None:
         command = [*tool_command("evaluate"), str(directory), "--if-finished", "--data"]
         command += [f"{text}={self.places.data(text)}" for text in self.texts]
         plan, bank = self.experiment.evaluation, run.arm.bank
@@ -142,17 +166,24 @@ class Runner:
         if plan.other_bank and self.experiment.reads_like(run.arm, plan.other_bank):
             command += ["--other-bank", f"{plan.other_bank}={self.places.bank(plan.other_bank)}"]
         command += ["--memory-off", *plan.memory_off] if plan.memory_off else []
-        self._call(run, "evaluation", command, directory, {"OMP_NUM_THREADS": str(self.resources.threads)})
+        self._call(run, "evaluation", command, {"OMP_NUM_THREADS": str(self.resources.threads)}, lock)
 
-    def _call(self, run: PlannedRun, stage: str, command: list[str], directory: Path, more: dict[str, str]) -> None:
-        """Run a command with its output in the run's log; an interrupt of this process reaches it through us only."""
+    def _call(self, run: PlannedRun, stage: str, command: list[str], more: dict[str, str], lock: int) -> None:
+        """Run a command with its output in the run's log; an interrupt of this process reaches it through us only.
+
+        It holds the run's lock as well: should this process be killed, nobody else begins what still goes on.
+        """
         if self._stopping.is_set():
             raise Stopped
-        with (directory / _LOG).open("ab") as log:
+        path = self.places.runs / run.name / _LOG
+        with path.open("ab") as log:
             child = subprocess.Popen(
-                command, stdout=log, stderr=log, env=os.environ | more, start_new_session=True, stdin=subprocess.DEVNULL
-            )
+                command, stdout=log, stderr=log, env=os.environ | more, start_new_session=True,
+                stdin=subprocess.DEVNULL, pass_fds=(lock,),
+            )  # fmt: skip
             self._children.add(child)
+            if self._stopping.is_set():  # since we looked
+                child.send_signal(signal.SIGTERM)
             try:
                 status = child.wait()
             finally:
@@ -160,10 +191,10 @@ class Runner:
         if self._stopping.is_set():
             raise Stopped
         if status != 0:
-            lines = (directory / _LOG).read_text(encoding="utf-8", errors="replace").splitlines()[-_LAST_LINES:]
+            lines = path.read_text(encoding="utf-8", errors="replace").splitlines()[-_LAST_LINES:]
             raise RunFailed(
                 run.name, f"its {stage} ended with exit code {status}", got="\n".join(["", *lines, ""]),
-                remedy=f"The whole log is {directory / _LOG}; give the same command again to go on.",
+                remedy=f"The whole log is {path}; give the same command again to go on.",
             )  # fmt: skip
 
     def _drop_checkpoints(self, directory: Path) -> None:
@@ -180,16 +211,16 @@ class Runner:
 
 
 @contextlib.contextmanager
-def _in_hand(directory: Path) -> Iterator[bool]:
-    """Whether this process alone may work on a run, until the block ends."""
+def _in_hand(directory: Path) -> Iterator[int | None]:
+    """The descriptor of a lock by which this process alone may work on a run until the block ends; else None."""
     directory.mkdir(parents=True, exist_ok=True)
     with (directory / _LOCK).open("w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            yield False
+            yield None
         else:
-            yield True
+            yield lock.fileno()
 
 
 def _is_trained(directory: Path, steps: int) -> bool:

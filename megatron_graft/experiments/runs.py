@@ -12,6 +12,7 @@ from megatron_graft.errors import ConfigError
 from megatron_graft.experiments.experiment import GROUPS, Arm, Experiment
 
 TRAIN = "train"
+_SCRIPT = "examples/pretrain_graft_moe.sh"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,10 +57,16 @@ class PlannedRun:
 
     def flags(self, experiment: Experiment, places: Places) -> list[str]:
         """What the example script is given on its command line."""
-        flags = {**experiment.recipient, **self.arm.flags, "seed": self.seed}
         # Of its own, because two runs that start at once would write one cache at the same time.
-        flags |= {"data-cache-path": places.runs / self.name / "index-cache", "eval-iters": 0}
-        return flag_list(flags)
+        cache = {"data-cache-path": places.runs / self.name / "index-cache"}
+        return flag_list(self._own_flags(experiment) | cache)
+
+    def command(self, experiment: Experiment) -> str:
+        """The same beyond directories, which are of no use to a reader: what a run is known by."""
+        return " ".join([_SCRIPT, *flag_list(self._own_flags(experiment))])
+
+    def _own_flags(self, experiment: Experiment) -> dict[str, Any]:
+        return {**experiment.recipient, **self.arm.flags, "seed": self.seed, "eval-iters": 0}
 
     def environment(self, places: Places, *, processes: int, threads: int, port: int) -> dict[str, str]:
         """What the example script is given in its environment."""
@@ -88,6 +95,23 @@ def flag_list(flags: Mapping[str, Any]) -> list[str]:
                 yield from map(str, value if isinstance(value, list) else [value])
 
     return list(words())
+
+
+def changed_flags(one: str, other: str) -> list[str]:
+    """The flags by which two commands differ, in whatever order they are given."""
+    first, second = (_flags_of(command) for command in (one, other))
+    return sorted(flag for flag in first.keys() | second.keys() if first.get(flag) != second.get(flag))
+
+
+def _flags_of(command: str) -> dict[str, list[str]]:
+    flags: dict[str, list[str]] = {}
+    values: list[str] = []
+    for word in command.split()[1:]:
+        if word.startswith("--"):
+            values = flags[word] = []
+        else:
+            values.append(word)
+    return flags
 
 
 def plan_runs(experiment: Experiment, only: Sequence[str] = ()) -> list[PlannedRun]:

@@ -1,4 +1,4 @@
-"""Loss against tokens: what an arm was ahead of the baseline by, in the course of training.
+"""Loss against tokens: what an arm was ahead of others by, in the course of training.
 
 Every token is seen once, so the training loss is the loss on text not seen before. All arms of a seed read the same
 batches in the same order; so their difference has little noise where each loss has much.
@@ -14,38 +14,52 @@ import numpy as np
 from megatron_graft.experiments.records import RunRecord
 from megatron_graft.experiments.statistics import mean_and_sd
 
-SHARES = (25, 50, 75, 100)  # per cent of the tokens at which differences are told
+SHARES = (10, 25, 50, 75, 100)  # per cent of the tokens at which differences are told
 _WINDOW = 20  # a difference at a share of the tokens is the mean over a twentieth of the run that ends there
 
 
-def curve_of(
-    runs: Mapping[int, RunRecord], name: str, baseline_runs: Mapping[int, RunRecord], baseline: str
-) -> dict[str, Any] | None:
-    """An arm's training losses over the tokens, mean of its seeds, and the differences to the baseline.
+def curve_of(runs: Mapping[int, RunRecord], rivals: Mapping[str, Mapping[int, RunRecord]]) -> dict[str, Any] | None:
+    """An arm's training losses over the tokens, mean of its seeds, and the differences to other arms.
+
+    Args:
+        runs: the arm's, by seed.
+        rivals: by name, the runs of the others.
 
     Returns:
-        ``tokens`` [bins] at the end of each bin, ``loss`` [bins], and ``minus.<baseline>`` with ``curve``, ``sd`` (over
-        seeds) [bins] and ``at.<per cent>``; None if the runs' bins differ or there are none. Differences are taken over
-        the seeds that both have, and only where both have the same bins.
+        ``tokens`` [bins] at the end of each bin, ``loss`` [bins], and ``minus.<name>`` with ``curve``, ``sd`` (over
+        seeds) [bins], ``at.<per cent>``, and ``reached``: the share of the tokens after which the arm's loss, averaged
+        over a twentieth of the run, is as low as the other's at its end, or None. Differences are taken over the seeds
+        that both have, and only where both have the same bins. None if the arm's own bins differ or there are none.
     """
     tokens = _tokens(runs)
     if tokens is None:
         return None
-    losses, theirs = _losses(runs), _losses(baseline_runs)
-    found: dict[str, Any] = {
-        "tokens": tokens,
-        "loss": np.mean(list(losses.values()), axis=0).tolist(),
-        "minus": {},
-    }
-    seeds = sorted(losses.keys() & theirs.keys())
-    if name != baseline and seeds and _tokens(baseline_runs) == tokens:
-        differences_SN = np.stack([losses[seed] - theirs[seed] for seed in seeds])
-        found["minus"][baseline] = {
-            "curve": differences_SN.mean(axis=0).tolist(),
-            "sd": differences_SN.std(axis=0, ddof=1).tolist() if len(seeds) > 1 else None,
-            "at": {str(share): mean_and_sd(_at(differences_SN, tokens, share)) for share in SHARES},
-        }
+    losses = _losses(runs)
+    found: dict[str, Any] = {"tokens": tokens, "loss": np.mean(list(losses.values()), axis=0).tolist(), "minus": {}}
+    for name, rival in rivals.items():
+        theirs = _losses(rival)
+        seeds = sorted(losses.keys() & theirs.keys())
+        if seeds and _tokens(rival) == tokens:
+            own_SN, their_SN = (np.stack([one[seed] for seed in seeds]) for one in (losses, theirs))
+            found["minus"][name] = _difference(own_SN, their_SN, tokens)
     return found
+
+
+def _difference(own_SN: np.ndarray, their_SN: np.ndarray, tokens: list[float]) -> dict[str, Any]:
+    difference_SN = own_SN - their_SN
+    return {
+        "curve": difference_SN.mean(axis=0).tolist(),
+        "sd": difference_SN.std(axis=0, ddof=1).tolist() if len(difference_SN) > 1 else None,
+        "at": {str(share): mean_and_sd(_at(difference_SN, tokens, share)) for share in SHARES},
+        "reached": _reached(own_SN.mean(axis=0), their_SN.mean(axis=0), tokens),
+    }
+
+
+def _reached(own_N: np.ndarray, their_N: np.ndarray, tokens: list[float]) -> float | None:
+    width = max(1, len(tokens) // _WINDOW)
+    smooth = np.convolve(own_N, np.full(width, 1 / width), mode="valid")  # of the bins that end at width - 1 and later
+    low = np.flatnonzero(smooth <= their_N[-width:].mean())
+    return tokens[low[0] + width - 1] / tokens[-1] if low.size else None
 
 
 def _at(differences_SN: np.ndarray, tokens: list[float], share: int) -> list[float]:

@@ -81,7 +81,7 @@ def make_record(
     }
     record = {
         "experiment": "small-arms", "arm": arm, "group": "core", "seed": seed, "name": f"{arm}-seed{seed}",
-        "commit": "0123456789abcdef", "command": "pretrain", "machine": {"cpu": "a processor", "cores": 2},
+        "commit": "0123456789abcdef", "command": _command(arm, seed), "machine": {"cpu": "a processor", "cores": 2},
         "steps": STEPS, "tokens_seen": int(tokens[-1]),
         "parameters": {"backbone": 6_000_000, "sites": 1000, "tables": 0, "trained": 6_001_000,
                        "stored": rows * 16 if banked else 0, "fetched_per_token": 16 if banked else 0},
@@ -95,6 +95,11 @@ def make_record(
         "texts": {name: text_record(name, arm, seed, effect, noise, rows if banked else 0) for name in TEXTS},
     }  # fmt: skip
     return record | changes
+
+
+def _command(arm: str, seed: int) -> str:
+    flags = {"engram": " --engram-layers 2", "sum": " --graft-layers 2", "sum_shuffled": " --graft-layers 2"}
+    return f"pretrain --seed {seed} --eval-iters 0 --train-iters {STEPS}{flags.get(arm, '')}"
 
 
 def text_record(name: str, arm: str, seed: int, effect: float, noise: float, rows: int) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from tools import compare_arms
 from tools.report import updated_figures
 
 HEADINGS = [
-    "Verdicts", "Arms", "By source, and on foreign texts", "By length of match",
+    "Verdicts", "Arms", "By source, and on foreign texts", "By length of match", "Where the differences come from",
     "By length of match and frequency of the key", "Loss against tokens", "Further arms", "Sweeps", "After tuning",
     "Sites", "Memory off, and other rows, after training", "What is not run yet", "Made by",
 ]  # fmt: skip
@@ -81,7 +81,7 @@ def test_every_number_of_the_first_table_is_in_the_summary(tmp_path: Path) -> No
         "`sum`: both summed", "2", "6.00 M", "0.00 M", "0.02 M", "16", "12.00 M",
         f"{text['loss']['mean']:.4f} ± {text['loss']['sd']:.4f}",
         f"{text['bits_per_byte']['mean']:.4f} ± {text['bits_per_byte']['sd']:.4f}",
-        f"{signed(text['minus']['none']['mean'])} {interval(text['minus']['none']['documents'])}", "1,002",
+        f"{with_sd(text['minus']['none'], sign='+')} {interval(text['minus']['none']['documents'])}",
     ]  # fmt: skip
 
 
@@ -141,5 +141,10 @@ def test_numbers_are_written_alike() -> None:
     assert (with_sd({"mean": 1.0, "sd": None}), with_sd({"mean": 1.0, "sd": 0.5}, 1)) == ("1.0000", "1.0 ± 0.5")
     sides = {(-0.2, -0.1): "**−0.1500**", (-0.2, 0.1): "−0.1500", (0.1, 0.2): "**−0.1500**"}
     for (low, high), text in sides.items():
-        assert marked({"mean": -0.15, "documents": {"low": low, "high": high}}) == text
+        assert marked({"mean": -0.15, "documents": {"low": low, "high": high}, "by_seed": {"1": -0.15}}) == text
     assert (marked(None), marked({"mean": -0.15, "documents": None})) == ("–", "−0.1500")
+
+
+def test_a_difference_whose_sign_hangs_on_the_seed_is_not_bold() -> None:
+    by_seed = {"1": -0.4, "2": 0.1}
+    assert marked({"mean": -0.15, "documents": {"low": -0.2, "high": -0.1}, "by_seed": by_seed}) == "−0.1500"

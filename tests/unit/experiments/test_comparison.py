@@ -14,7 +14,8 @@ import pytest
 from megatron_graft.experiments import statistics
 from megatron_graft.experiments.comparison import Summary, difference, references_of, summarise
 from megatron_graft.experiments.experiment import Experiment
-from megatron_graft.experiments.records import load_records
+from megatron_graft.experiments.records import RunRecord, load_records
+from megatron_graft.experiments.training_curves import curve_of
 from megatron_graft.reporting.figures import round_all
 from tests.helpers.arm_records import EFFECTS, YAML, all_records, make_record, write_experiment, write_records
 
@@ -193,12 +194,39 @@ def test_training_is_compared_on_the_same_batches(summary_of: Summarise) -> None
     # The synthetic effect grows with the tokens, and the noise of a seed is the same in all arms.
     assert minus["curve"] == pytest.approx([-0.2 * (place + 1) / 12 for place in range(12)])
     assert {share: at["mean"] for share, at in minus["at"].items()} == {
-        "25": pytest.approx(-0.05), "50": pytest.approx(-0.1), "75": pytest.approx(-0.15), "100": pytest.approx(-0.2),
+        "10": pytest.approx(-0.2 / 12), "25": pytest.approx(-0.05), "50": pytest.approx(-0.1),
+        "75": pytest.approx(-0.15), "100": pytest.approx(-0.2),
     }  # fmt: skip
+    assert training["minus"]["engram"]["at"]["100"]["mean"] == pytest.approx(-0.1)
     assert max(minus["sd"]) == pytest.approx(0, abs=1e-12)
     for record in records[:3]:
         record["training"] = {"tokens": [1.0, 2.0], "loss": [9.0, 8.0]}
-    assert summary_of(records)["arms"]["sum"]["training"]["minus"] == {}
+    assert set(summary_of(records)["arms"]["sum"]["training"]["minus"]) == {"engram"}
+
+
+def test_the_tokens_after_which_another_arms_last_loss_is_reached() -> None:
+    def runs(*losses: float) -> dict[int, RunRecord]:
+        data = {"training": {"tokens": [10.0 * (bin + 1) for bin in range(len(losses))], "loss": list(losses)}}
+        return {1: RunRecord(place="", arm="", seed=1, texts={}, data=data)}
+
+    rivals = {"slow": runs(9, 8, 7, 6, 5), "better": runs(9, 8, 7, 6, 3), "shorter": runs(9, 8)}
+    found = curve_of(runs(9, 7, 5, 4, 4), rivals)
+    assert found is not None
+    assert {name: one["reached"] for name, one in found["minus"].items()} == {"slow": 0.6, "better": None}
+
+
+def test_parts_of_the_positions_have_their_share_of_the_difference_on_every_text(summary_of: Summarise) -> None:
+    summary = summary_of(all_records_with({}))
+    for one in (summary["hypotheses"]["H2"], summary["pairs"]["sum_shuffled_minus_none"]):
+        assert list(one["texts"]) == ["heldout", "email"]
+        for text in one["texts"].values():
+            order = summary["arms"]["sum"]["texts"]["heldout" if text is one["texts"]["heldout"] else "email"][
+                "by_order"
+            ]
+            effect = -0.1 if one is summary["hypotheses"]["H2"] else -0.2
+            # In these records order k is better by (k - 1) times the effect, and a miss not at all.
+            expected = {part: order[part]["share"] * effect * place for place, part in enumerate(("miss", "2", "3"))}
+            assert {part: found["mean"] for part, found in text["parts"].items()} == pytest.approx(expected)
 
 
 def test_memory_off_and_other_rows_are_differences_to_the_trained_memory(summary_of: Summarise) -> None:

@@ -12,7 +12,8 @@ import pytest
 
 from megatron_graft.errors import ConfigError, GraftError, IdentityError
 from megatron_graft.experiments.experiment import Experiment
-from megatron_graft.experiments.records import load_records
+from megatron_graft.experiments.records import finished_runs, load_records
+from megatron_graft.experiments.runs import changed_flags
 from megatron_graft.log import get_logger
 from tests.helpers.arm_records import make_record, write_experiment, write_records
 
@@ -103,11 +104,19 @@ def test_what_cannot_be_compared_is_refused(
 def test_records_of_no_run_of_the_experiment_are_set_aside_with_the_reason(
     tmp_path: Path, experiment: Experiment
 ) -> None:
-    strangers = [make_record("graft", 2), make_record("none", 3, steps=8), make_record("dropped", 1, effect=0.0)]
-    records = load_records(write_records(tmp_path / "r.jsonl", [*strangers, make_record("none", 1)]), experiment)
+    other = make_record("engram", 1)["command"] + " --lr 0.1"
+    strangers = [
+        make_record("graft", 2), make_record("none", 3, steps=8), make_record("dropped", 1, effect=0.0),
+        make_record("engram", 1, command=other), make_record("none", 1),
+    ]  # fmt: skip
+    path = write_records(tmp_path / "r.jsonl", [*strangers, make_record("none", 1)])
+    records = load_records(path, experiment)
     assert {arm: list(seeds) for arm, seeds in records.runs.items()} == {"none": [1]}
+    assert finished_runs(path, experiment) == {("none", 1)}
     assert records.set_aside == (
+        "`none`, seed 1: recorded again later",
         "`dropped`, seed 1: the experiment has no such arm",
+        "`engram`, seed 1: the experiment asks for other flags: --lr",
         "`graft`, seed 2: the experiment asks for seeds 1",
         "`none`, seed 3: 8 steps, the experiment asks for 40",
     )
@@ -124,3 +133,14 @@ def test_a_loss_that_is_not_finite_is_kept_as_such(tmp_path: Path, experiment: E
 def test_a_missing_file_is_named(tmp_path: Path, experiment: Experiment) -> None:
     with pytest.raises(ConfigError, match=r"none\.jsonl: cannot be read.*tools/run_arms"):
         load_records(tmp_path / "none.jsonl", experiment)
+
+
+def test_nothing_is_finished_before_there_is_a_file(tmp_path: Path, experiment: Experiment) -> None:
+    assert finished_runs(tmp_path / "none.jsonl", experiment) == set()
+
+
+def test_commands_are_compared_by_their_flags() -> None:
+    one = "run.sh --lr 0.1 --layers 2 3 --swiglu"
+    assert changed_flags(one, "other.sh --swiglu --layers 2 3 --lr 0.1") == []
+    assert changed_flags(one, "run.sh --lr 0.2 --layers 2 3") == ["--lr", "--swiglu"]
+    assert changed_flags(one, "run.sh --lr 0.1 --layers 3 --swiglu") == ["--layers"]
