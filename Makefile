@@ -62,7 +62,7 @@ pretrain-engram: native ## the same run with trainable hashed tables instead of 
 
 pretrain-both: native ## the same run with the bank and hashed tables, summed, as runs/both
 	@ENGRAM_LAYERS='2 3' RUN_NAME=both RUN_COMMAND='make pretrain-both$(WITH_ARGS)' \
-	    bash examples/pretrain_graft_moe.sh --graft-combine sum $(ARGS)
+	    bash examples/pretrain_graft_moe.sh $(ARGS)
 
 .PHONY: arms
 arms: native ## matched arms: train, evaluate and record what is left of them (hours; again to go on), then the report

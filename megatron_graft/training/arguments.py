@@ -40,10 +40,10 @@ def _add_site_arguments(group: argparse._ArgumentGroup) -> None:
         "one for each ('8 24': the first site reads donor layer 8, the second 24). Default: all that the bank has.",
     )  # fmt: skip
     group.add_argument(
-        "--graft-combine", choices=["exclusive", "sum"], default="exclusive",
-        help="Where a layer is named by --graft-layers and --engram-layers: read the table only where the bank has no "
-        "match (exclusive), or everywhere, with the bank's part added at a match (sum). Each has projections of its "
-        "own. Default: exclusive.",
+        "--graft-combine", choices=["exclusive", "sum"], default="sum",
+        help="Where a layer is named by --graft-layers and --engram-layers: read the table everywhere, with the bank's "
+        "part added at a match (sum), or only where the bank has no match (exclusive, the rule of Memory Grafting). "
+        "Each has projections of its own. Default: sum.",
     )  # fmt: skip
     group.add_argument(
         "--graft-gate", choices=["plain", "signed-sqrt"], default="plain",

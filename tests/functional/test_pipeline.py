@@ -294,7 +294,7 @@ SMALL_TABLES = {"ENGRAM_VOCAB_SIZE": "97", "ENGRAM_DIM": "32"}
 
 
 def test_hashed_tables_are_trained_evaluated_and_reported_with_and_without_a_bank(prepared: Job) -> None:
-    run_script(prepared, "--graft-combine", "sum", RUN_NAME="both", ENGRAM_LAYERS="2", **SMALL_TABLES).ok()
+    run_script(prepared, RUN_NAME="both", ENGRAM_LAYERS="2", **SMALL_TABLES).ok()
     run_script(prepared, RUN_NAME="tables", GRAFT_BANK="none", ENGRAM_LAYERS="1 2", **SMALL_TABLES).ok()
     both, tables = report_of(prepared, "both"), report_of(prepared, "tables")
     assert (both["arm"], tables["arm"]) == ("memory + hashed tables (sum)", "hashed tables")

@@ -41,12 +41,13 @@ TABLES = ("--engram-layers", 2, 4, "--engram-max-order", 4, "--engram-vocab-size
 WORLDS: dict[str, tuple[Any, ...]] = {
     # Layer 2 reads bank and table, layer 3 another donor layer of the bank, layer 4 a table: under PP=2 one stage has
     # what the other lacks. A bank's 15 columns, 9 heads and the odd number of a table's rows are uneven over two ranks.
-    "exclusive": ("--graft-donor-layers", 4, 8, *TABLES),
+    "exclusive": ("--graft-donor-layers", 4, 8, *TABLES, "--graft-combine", "exclusive"),
     "sum": ("--graft-donor-layers", "4,8", 8, *TABLES, "--graft-combine", "sum", "--graft-conv-kernel", 3,
             "--graft-conv-dilation", 2, "--engram-across-documents"),
     "dense": ("--graft-donor-layers", "4,8", 4, *TABLES, "--graft-combine", "sum"),
-    "mtp": ("--graft-donor-layers", 4, 8, *TABLES, "--mtp-num-layers", 1),
-    "packed": ("--graft-donor-layers", 4, 8, *TABLES, "--dataloader-inter-document-masking"),
+    "mtp": ("--graft-donor-layers", 4, 8, *TABLES, "--graft-combine", "exclusive", "--mtp-num-layers", 1),
+    "packed": ("--graft-donor-layers", 4, 8, *TABLES, "--graft-combine", "exclusive",
+               "--dataloader-inter-document-masking"),
 }
 TP2 = ("--tensor-model-parallel-size", 2)
 SP, PP2, EP2 = ("--sequence-parallel",), ("--pipeline-model-parallel-size", 2), ("--expert-model-parallel-size", 2)

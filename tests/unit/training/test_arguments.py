@@ -82,7 +82,7 @@ def test_settings_of_a_run_with_a_bank() -> None:
     assert settings.donor_layers == (None, None)
     assert (settings.rows, settings.trains_rows) == ("frozen", False)
     assert (settings.rows_lr_mult, settings.rows_wd_mult, settings.lr_mult) == (1, 0, 1)
-    assert (settings.combine, settings.gate) == ("exclusive", "plain")
+    assert (settings.combine, settings.gate) == ("sum", "plain")
     assert (settings.conv_kernel, settings.conv_dilation) == (4, None)
     assert (settings.bank_rows, settings.bank_node_copy) == (None, None)
     assert (settings.bank_lookup_threads, settings.bank_huge_pages) == (1, False)
@@ -99,9 +99,18 @@ def test_settings_of_how_the_bank_is_opened_and_read() -> None:
 
 
 def test_settings_of_what_sites_are_and_how_they_are_checked() -> None:
-    flags = ["--graft-combine", "sum", "--graft-gate", "signed-sqrt", "--graft-conv-kernel", "0", "--graft-verify", "7"]
+    flags = [
+        "--graft-combine",
+        "exclusive",
+        "--graft-gate",
+        "signed-sqrt",
+        "--graft-conv-kernel",
+        "0",
+        "--graft-verify",
+        "7",
+    ]
     settings = settings_of(*WITH_BANK, *flags, "--graft-run-dir", "runs/x", "--graft-conv-dilation", "2")
-    assert (settings.combine, settings.gate) == ("sum", "signed-sqrt")
+    assert (settings.combine, settings.gate) == ("exclusive", "signed-sqrt")
     assert (settings.conv_kernel, settings.conv_dilation, settings.verify_every) == (0, 2, 7)
     assert settings.run_dir == Path("runs/x")
 
@@ -255,7 +264,7 @@ def test_settings_say_all_that_the_flags_do() -> None:
     samples = {
         "--graft-rows": ["trained"], "--graft-rows-lr-mult": ["3"], "--graft-rows-wd-mult": ["1"],
         "--graft-lr-mult": ["2"], "--graft-bank": ["other"],
-        "--graft-layers": ["1"], "--graft-donor-layers": ["8"], "--graft-combine": ["sum"],
+        "--graft-layers": ["1"], "--graft-donor-layers": ["8"], "--graft-combine": ["exclusive"],
         "--graft-gate": ["signed-sqrt"], "--graft-conv-kernel": ["3"], "--graft-conv-dilation": ["2"],
         "--graft-adopt-checkpoint": [], "--graft-lookup": ["native"], "--graft-look-ahead": ["3"],
         "--graft-verify": ["5"], "--graft-run-dir": ["dir"], "--graft-allow-raw-bank": [],

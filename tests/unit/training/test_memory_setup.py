@@ -266,8 +266,8 @@ def test_layers_may_read_a_bank_a_table_or_both(bank_path: Path, tokenizer_file:
     readings = {layer: memory.sites[layer].reading for layer in memory.layers}
     kinds = {layer: (reading.graft is not None, reading.engram is not None) for layer, reading in readings.items()}
     assert kinds == {1: (True, False), 2: (True, True), 3: (False, True)}
-    assert readings[2].exclusive
-    assert not run_memory(bank_path, tokenizer_file, *TABLES, "--graft-combine", "sum").sites[2].reading.exclusive
+    assert not readings[2].exclusive
+    assert run_memory(bank_path, tokenizer_file, *TABLES, "--graft-combine", "exclusive").sites[2].reading.exclusive
 
 
 def test_the_convolutions_dilation_is_the_longest_ngram_of_its_site_unless_given(
@@ -323,7 +323,7 @@ def test_whatever_changes_answers_changes_the_identity(bank_path: Path, deep_ban
             ["--engram-layer-ids", 4, 5],
         ],
         "sites": [
-            ["--graft-combine", "sum"], ["--graft-gate", "signed-sqrt"], ["--graft-conv-kernel", 3],
+            ["--graft-combine", "exclusive"], ["--graft-gate", "signed-sqrt"], ["--graft-conv-kernel", 3],
             ["--graft-conv-dilation", 2], ["--graft-rows", "trained"], ["--graft-rows", "fresh"],
             ["--graft-layers", 1], ["--graft-bank", deep_bank, "--graft-donor-layers", 8],
         ],
@@ -347,7 +347,7 @@ def test_a_checkpoints_identity_is_plain_values_of_this_shape(bank_path: Path, t
     assert identity["banks"] == [open_bank(bank_path).digest]
     assert identity["engram"]["layer_ids"] == [[2, 1], [3, 2]]
     rows = {layer: hash_.num_rows for layer, hash_ in memory.engram.hashes.items()}
-    both = {"bank": 0, "columns": [0, 4], "engram_rows": rows[2], "combine": "exclusive", "gate": "plain"}
+    both = {"bank": 0, "columns": [0, 4], "engram_rows": rows[2], "combine": "sum", "gate": "plain"}
     alone = {"bank": None, "columns": None, "engram_rows": rows[3], "combine": None, "gate": "plain"}
     convolution = {"conv_kernel": 4, "conv_dilation": 4}
     assert identity["sites"] == {"2": both | convolution, "3": alone | convolution | {"conv_dilation": 3}}
