@@ -42,9 +42,11 @@ DEVICE="${DEVICE:-$(nvidia-smi -L > /dev/null 2>&1 && echo cuda || echo cpu)}"
 if [ -d "${HERE}/../megatron_graft" ]; then
     ROOT="$(cd "${HERE}/.." && pwd)"
     export PYTHONPATH="${ROOT}${PYTHONPATH:+:${PYTHONPATH}}"
-    tool() { python "${HERE}/../tools/$1.py" "${@:2}"; }
+    # shellcheck disable=SC2329
+    tool() { exec python "${HERE}/../tools/$1.py" "${@:2}"; }
 else
-    tool() { python -m "megatron_graft.tools.$1" "${@:2}"; }
+    # shellcheck disable=SC2329
+    tool() { exec python -m "megatron_graft.tools.$1" "${@:2}"; }
 fi
 
 # ---------------------------------------------------------------- what the run needs
@@ -193,13 +195,15 @@ ARGS=(
 )
 
 # ---------------------------------------------------------------- run
-# Signals sent to this script reach the training, which saves a checkpoint on SIGTERM. USR1 is passed on for Slurm, where
-# torchrun starts this script; a torchrun that this script started does not survive it.
+# Signals sent to this script reach the program that runs; training saves a checkpoint on SIGTERM. An interrupt goes on as
+# the signal that is named first: what bash starts in the background ignores SIGINT, unless like torchrun it asks for it.
+# USR1 is passed on for Slurm, where torchrun starts this script; a torchrun that this script started does not survive it.
 forwarding_signals() {
-    "$@" &
+    "${@:2}" &
     local child=$! status=0
     trap 'kill -TERM ${child} 2> /dev/null || true' TERM
-    trap 'kill -INT ${child} 2> /dev/null || true' INT
+    # shellcheck disable=SC2064
+    trap "kill -$1 ${child} 2> /dev/null || true" INT
     trap 'kill -USR1 ${child} 2> /dev/null || true' USR1
     wait "${child}" || status=$?
     while kill -0 "${child}" 2> /dev/null; do # a trapped signal ends the first wait, not the child
@@ -219,18 +223,18 @@ evaluate_and_report() { # in one process, whatever layout was trained
     if [ "${GRAFT_BANK}" = none ] && [ -f "${WORK_DIR}/bank/bank.json" ]; then # comparable with the run that has it
         options+=(--classify-by "${WORK_DIR}/bank")
     fi
-    tool evaluate "${RUN_DIR}" "${options[@]}"
-    tool report "${RUN_DIR}" --work-dir "${WORK_DIR}" --command "${RUN_COMMAND}"
+    forwarding_signals TERM tool evaluate "${RUN_DIR}" "${options[@]}"
+    forwarding_signals TERM tool report "${RUN_DIR}" --work-dir "${WORK_DIR}" --command "${RUN_COMMAND}"
 }
 
 main() {
-    tool prepare_run "${PREPARE_ARGS[@]}" # one process per file system works, the others wait for it
+    forwarding_signals TERM tool prepare_run "${PREPARE_ARGS[@]}" # one process per file system works, the others wait for it
     if [ -n "${LOCAL_RANK:-}" ]; then
-        forwarding_signals python -m megatron_graft.training.pretrain "${ARGS[@]}"
+        forwarding_signals TERM python -m megatron_graft.training.pretrain "${ARGS[@]}"
     else
         # After SIGTERM; its own 30 s are too little to save a large model.
         export TORCH_ELASTIC_SHUTDOWN_TIMEOUT="${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-600}"
-        forwarding_signals python -m torch.distributed.run \
+        forwarding_signals INT python -m torch.distributed.run \
             --nproc-per-node "${PROCESSES}" \
             --nnodes "${NUM_NODES:-1}" \
             --node-rank "${NODE_RANK:-0}" \

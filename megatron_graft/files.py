@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
+import glob
 import hashlib
 import json
 import os
@@ -91,7 +93,7 @@ def write_bytes_atomically(path: Path, data: bytes) -> None:
     """Write a file under a temporary name, flush it, and rename it into place."""
     with storage_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+        descriptor, temporary = tempfile.mkstemp(prefix=scratch_prefix(path), dir=path.parent)
         try:
             with os.fdopen(descriptor, "wb") as stream:
                 stream.write(data)
@@ -110,25 +112,58 @@ def write_json_atomically(path: Path, value: Any) -> None:
     write_bytes_atomically(path, (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())
 
 
+def scratch_prefix(path: Path) -> str:
+    """How the names begin of what will be renamed to ``path``, in the same directory."""
+    return f".{path.name}.partial-"
+
+
+@contextlib.contextmanager
+def scratch_beside(path: Path) -> Iterator[Path]:
+    """A directory for what will be renamed to ``path``, in the same directory; it is removed when the block ends.
+
+    A process killed outright leaves it; the next one that asks for one of the same ``path`` removes it. While somebody
+    has it, it is locked.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    _remove_abandoned(path)
+    while True:
+        scratch = Path(tempfile.mkdtemp(prefix=scratch_prefix(path), dir=path.parent))
+        descriptor = os.open(scratch, os.O_RDONLY)
+        try:
+            with contextlib.suppress(OSError):  # a file system without locks: nobody removes anything there
+                fcntl.flock(descriptor, fcntl.LOCK_EX)
+            if scratch.is_dir():  # else it was taken for abandoned before it was locked
+                yield scratch
+                return
+        finally:
+            shutil.rmtree(scratch, ignore_errors=True)
+            os.close(descriptor)
+
+
+def _remove_abandoned(path: Path) -> None:
+    for scratch in path.parent.glob(f"{glob.escape(scratch_prefix(path))}*/"):
+        with contextlib.suppress(OSError):  # somebody has it, or removes it, too
+            descriptor = os.open(scratch, os.O_RDONLY)
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(scratch, ignore_errors=True)
+            finally:
+                os.close(descriptor)
+
+
 @contextlib.contextmanager
 def directory_in_one_step(path: Path) -> Iterator[Path]:
     """Yield a scratch directory beside ``path`` that becomes ``path`` if the block succeeds.
 
     On any exception the scratch directory is removed and ``path`` is untouched. ``path`` must not exist.
-    A process killed outright leaves only the scratch directory, whose name starts with a dot.
+    A process killed outright leaves only the scratch directory (:func:`scratch_beside`).
     """
-    with storage_errors(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        scratch = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
-        try:
-            yield scratch
-            for file in sorted(scratch.rglob("*")):
-                if file.is_file():
-                    with file.open("rb") as stream:
-                        os.fsync(stream.fileno())
-            os.chmod(scratch, 0o755)
-            os.rename(scratch, path)
-        except BaseException:
-            shutil.rmtree(scratch, ignore_errors=True)
-            raise
+    with storage_errors(path), scratch_beside(path) as scratch:
+        yield scratch
+        for file in sorted(scratch.rglob("*")):
+            if file.is_file():
+                with file.open("rb") as stream:
+                    os.fsync(stream.fileno())
+        os.chmod(scratch, 0o755)
+        os.rename(scratch, path)
         sync_directory(path.parent)

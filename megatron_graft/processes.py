@@ -6,17 +6,29 @@ import ctypes
 import multiprocessing
 import os
 import signal
+import subprocess
 import sys
+from collections.abc import Sequence
+from functools import partial
 
 _PR_SET_PDEATHSIG = 1
 
 
-def end_with_parent() -> None:
+def run_while_alive(command: Sequence[str]) -> int:
+    """Run a command that is killed when this process ends; return its exit code.
+
+    For programs that may be killed at any moment and go on when they are started again.
+    """
+    return subprocess.run(command, check=False, preexec_fn=partial(end_with_parent, os.getpid())).returncode
+
+
+def end_with_parent(parent: int | None = None) -> None:
     """Let this process be killed when the one that started it ends; on Linux only, elsewhere nothing happens.
 
-    Called as early as possible in a child. The kernel tells of a parent's end only who asked before it, so a child of
-    ``multiprocessing`` whose parent ended while it was still importing ends here. (In a "spawn" child's ``__mp_main__``
-    the parent is not known yet.) The parent is the *thread* that started the child.
+    Called as early as possible in a child. The kernel tells of a parent's end only who asked before it, so a child
+    whose ``parent`` has ended by now ends here. That is a process id, or None for the one that ``multiprocessing``
+    knows of (nobody in a "spawn" child's ``__mp_main__``: there it is not known yet). What has to end for the kernel to
+    tell is the *thread* that started the child.
     """
     if sys.platform != "linux":
         return
@@ -24,6 +36,7 @@ def end_with_parent() -> None:
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     except (OSError, AttributeError):  # a C library without prctl(): it may be left behind
         return
-    parent = multiprocessing.parent_process()
-    if parent is not None and os.getppid() != parent.pid:
+    known = multiprocessing.parent_process()
+    parent = parent or (known.pid if known else None)
+    if parent is not None and os.getppid() != parent:
         os.kill(os.getpid(), signal.SIGKILL)

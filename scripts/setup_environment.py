@@ -42,8 +42,11 @@ def say(text: str) -> None:
 
 
 @contextmanager
-def only_one_process(environment: Path) -> Iterator[None]:
-    """Hold a lock file in the environment; waits while another process sets the same environment up."""
+def only_one_process(environment: Path) -> Iterator[int]:
+    """Hold a lock file in the environment; waits while another process sets the same environment up.
+
+    Yields the lock's descriptor, for programs that must not be joined by a second one if this process is killed.
+    """
     environment.mkdir(parents=True, exist_ok=True)
     with (environment / LOCK_FILE_NAME).open("w") as stream:
         try:
@@ -51,7 +54,7 @@ def only_one_process(environment: Path) -> Iterator[None]:
         except BlockingIOError:
             say(f"waiting for another process that is setting up {environment}")
             fcntl.flock(stream, fcntl.LOCK_EX)
-        yield
+        yield stream.fileno()
 
 
 def interpreter_of(environment: Path) -> Path:
@@ -79,7 +82,7 @@ def create(environment: Path, python: str) -> None:
         raise SetupError(f"{python} -m venv failed:\n{finished.stdout}{finished.stderr}")
 
 
-def install(environment: Path) -> None:
+def install(environment: Path, lock: int) -> None:
     """Install every pin of the lock; a line every few seconds, the end of pip's own output on failure."""
     pins = sum(1 for line in LOCK.read_text().splitlines() if "==" in line and not line.startswith("#"))
     say(f"installing {pins} packages (a fresh environment: about 3 GB to fetch, 6 GB on disk)")
@@ -95,7 +98,9 @@ def install(environment: Path) -> None:
     command += ["--disable-pip-version-check", "--requirement", str(LOCK)]
     started = time.monotonic()
     with tempfile.TemporaryFile("a+") as output:  # appending: our reads do not move where pip writes
-        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT)
+        process = subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, pass_fds=(lock,)
+        )
         while process.poll() is None:
             with suppress(subprocess.TimeoutExpired):
                 process.wait(SECONDS_BETWEEN_LINES)
@@ -136,12 +141,12 @@ def set_up(environment: Path, python: str) -> None:
     stamp = environment / STAMP_NAME
     if _stamped(stamp, wanted):
         return
-    with only_one_process(environment):
+    with only_one_process(environment) as lock:
         if _stamped(stamp, wanted):  # another process did it while we waited
             return
         create(environment, python)
         stamp.unlink(missing_ok=True)  # from here on the environment is neither the old nor the new state
-        install(environment)
+        install(environment, lock)
         compile_packages(environment)
         stamp.write_text(wanted + "\n")
 

@@ -11,7 +11,6 @@ import fcntl
 import json
 import os
 import re
-import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -28,6 +27,7 @@ from megatron_graft.data.tokenizer import load_tokenizer
 from megatron_graft.errors import ConfigError, DataError, GraftError, IdentityError
 from megatron_graft.files import write_json_atomically
 from megatron_graft.log import format_seconds, get_logger
+from megatron_graft.processes import run_while_alive
 
 SPLITS = ("train", "heldout", "foreign")
 NO_BANK = "none"
@@ -137,7 +137,7 @@ class Preparation:
         """Run one command in a process of its own, so that its memory is gone afterwards, and note its time."""
         started = time.monotonic()
         command = [sys.executable, *_tool(tool), *map(str, options)]
-        if subprocess.run(command, check=False).returncode != 0:
+        if run_while_alive(command) != 0:
             raise StageFailed(f"stage {name}", "failed; its own message stands above")
         seconds = time.monotonic() - started
         get_logger().info("%s: %s", name, format_seconds(seconds))

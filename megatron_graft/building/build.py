@@ -42,6 +42,7 @@ from megatron_graft.building.tasks import (
     work_lock,
 )
 from megatron_graft.errors import BankError
+from megatron_graft.files import scratch_prefix
 from megatron_graft.log import format_seconds, get_logger
 
 
@@ -122,11 +123,16 @@ def run_locally(stages: BuildStages, *, workers: int) -> None:
 
 
 def _remove_work(stages: BuildStages) -> None:
-    """Remove what this build made; the directory goes with it unless somebody else put something there."""
+    """Remove what this build made; the directory goes with it unless somebody else put something there.
+
+    The plan first: a directory with a plan and without its stages is a build that has to begin again.
+    """
+    (stages.work / PLAN_NAME).unlink(missing_ok=True)
     for stage in stages.all:
         shutil.rmtree(stages.work / stage.name, ignore_errors=True)
-    for name in (PLAN_NAME, LOCK_NAME):
-        (stages.work / name).unlink(missing_ok=True)
+    for left in stages.work.glob(f"{scratch_prefix(Path(PLAN_NAME))}*"):
+        left.unlink(missing_ok=True)
+    (stages.work / LOCK_NAME).unlink(missing_ok=True)
     with contextlib.suppress(OSError):
         stages.work.rmdir()
 

@@ -23,7 +23,7 @@ from megatron_graft.building.existing import refuse_other_settings
 from megatron_graft.building.select import NgramTokenizer, Quota
 from megatron_graft.building.tasks import LOCK_NAME, PLANNED, BuildLog
 from megatron_graft.errors import BankError, BankIncompleteError, ConfigError, DataError
-from megatron_graft.files import write_json_atomically
+from megatron_graft.files import scratch_prefix, write_json_atomically
 
 PLAN_NAME = "plan.json"
 PLAN_VERSION = 1
@@ -325,8 +325,10 @@ def keep_plan(plan: BuildPlan, work: Path) -> BuildPlan:
 
 
 def _refuse_foreign(work: Path) -> None:
-    """A directory without a plan may hold nothing: it will be removed when the bank is there."""
-    found = sorted(path.name for path in work.iterdir() if path.name != LOCK_NAME) if work.is_dir() else []
+    """A directory without a plan may hold nothing but what a kill left of one: it is removed when the bank is there."""
+    left = scratch_prefix(work / PLAN_NAME)
+    names = (path.name for path in work.iterdir()) if work.is_dir() else ()
+    found = sorted(name for name in names if name != LOCK_NAME and not name.startswith(left))
     if found:
         raise BankError(
             work, "is not empty and holds no plan of a build", got=", ".join(found[:3]),

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
-import tempfile
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,7 +15,7 @@ import numpy as np
 
 from megatron_graft.data.sidecar import sidecar_path, write_sidecar
 from megatron_graft.data.tokenizer import TextTokenizer
-from megatron_graft.files import storage_errors, sync_directory
+from megatron_graft.files import scratch_beside, storage_errors, sync_directory
 
 # Header of an .idx file: magic, version, code of the ids' dtype, number of sequences and of document borders.
 _INDEX_HEADER = np.dtype(
@@ -48,10 +48,10 @@ class IndexedFiles:
         self.prefix, self.dtype = prefix, dtype
 
     def __enter__(self) -> Self:
+        self._scratch = contextlib.ExitStack()
         with storage_errors(self.prefix):
-            self.prefix.parent.mkdir(parents=True, exist_ok=True)
-            self._scratch = tempfile.TemporaryDirectory(prefix=f".{self.prefix.name}.", dir=self.prefix.parent)
-        self._bin, self._idx = Path(self._scratch.name) / "bin", Path(self._scratch.name) / "idx"
+            directory = self._scratch.enter_context(scratch_beside(self.prefix))
+        self._bin, self._idx = directory / "bin", directory / "idx"
         self._builder = _megatron_module().IndexedDatasetBuilder(str(self._bin), dtype=self.dtype.type)
         return self
 
@@ -82,7 +82,7 @@ class IndexedFiles:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._builder.data_file.close()
-        self._scratch.cleanup()
+        self._scratch.close()
 
 
 def sizes_agree(prefix: Path | str) -> bool:

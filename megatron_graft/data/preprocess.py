@@ -24,6 +24,7 @@ from megatron_graft.data.jsonl import parse_line, require_text_file
 from megatron_graft.data.sidecar import read_sidecar
 from megatron_graft.data.tokenizer import TextTokenizer, load_tokenizer
 from megatron_graft.errors import ConfigError, CorpusError, PlatformError
+from megatron_graft.processes import end_with_parent
 
 _BATCH_BYTES = 1 << 18  # small enough to share a small corpus out, large enough to hide the hand-over
 _BATCHES_IN_FLIGHT = 3  # per worker: what bounds the memory, whatever the size of the input
@@ -191,6 +192,7 @@ _worker: tuple[_Encoding, TextTokenizer] | None = None  # a spawned worker's own
 
 def _start_worker(encoding: _Encoding) -> None:
     global _worker
+    end_with_parent()  # or it would wait for ever for batches of a parent that was killed
     _worker = encoding, load_tokenizer(encoding.tokenizer_path)
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import fcntl
 import os
-import subprocess
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,6 +17,7 @@ from megatron_graft.experiments.programs import tool_command
 from megatron_graft.experiments.runs import TRAIN, Places, PlannedRun, flag_list
 from megatron_graft.experiments.texts import prepare_texts
 from megatron_graft.log import get_logger
+from megatron_graft.processes import run_while_alive
 
 
 class StageFailed(GraftError):
@@ -115,7 +115,7 @@ def _donor(plan: BankPlan, places: Places) -> Path:
 def _run(tool: str, arguments: Iterable[object]) -> None:
     """Run one command in a process of its own, so that its memory is gone afterwards."""
     command = [*tool_command(tool), *map(str, arguments)]
-    if subprocess.run(command, check=False).returncode != 0:
+    if run_while_alive(command) != 0:
         raise StageFailed(f"tools/{tool}.py", "failed; its own message stands above")
 
 

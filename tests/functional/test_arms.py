@@ -15,7 +15,8 @@ import pytest
 from tests.helpers.arms_job import NAMES, STEPS, miniature
 from tests.helpers.main_job import NUM_ROWS, REPOSITORY, read_records
 
-pytestmark = [pytest.mark.slow, pytest.mark.functional]
+# The first test pays for all that is trained.
+pytestmark = [pytest.mark.slow, pytest.mark.functional, pytest.mark.timeout(1200)]
 
 
 def start(tool: str, *arguments: object, directory: Path) -> subprocess.Popen[str]:
@@ -26,7 +27,10 @@ def start(tool: str, *arguments: object, directory: Path) -> subprocess.Popen[st
 
 
 def finish(process: subprocess.Popen[str]) -> str:
-    output, _ = process.communicate(timeout=560)
+    try:
+        output, _ = process.communicate(timeout=560)
+    finally:
+        process.terminate()  # what it started leads sessions of its own, and would go on
     assert process.returncode == 0, output[-6000:]
     return output
 
@@ -43,12 +47,15 @@ def stopped(tmp_path_factory: pytest.TempPathFactory) -> Path:
     process = start("run_arms", miniature(directory), "--jobs", 2, directory=directory)
     saved = directory / "runs" / "miniature" / "none-seed1" / "checkpoints" / "latest_checkpointed_iteration.txt"
     deadline = time.monotonic() + 300
-    while not saved.exists():
-        assert process.poll() is None, process.communicate()[0][-6000:]
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-    process.send_signal(signal.SIGTERM)
+    try:
+        while not saved.exists():
+            assert process.poll() is None, process.communicate()[0][-6000:]
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+    finally:
+        process.terminate()
     process.communicate(timeout=120)
+    assert process.returncode == 128 + signal.SIGTERM, "a runner that was stopped must not look finished"
     return directory
 
 

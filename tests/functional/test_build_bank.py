@@ -181,7 +181,7 @@ def test_a_second_build_into_the_same_directory_is_refused(inputs: Path, tmp_pat
         assert second.returncode == 2
         assert "bank.build: is the work directory of a build that is running" in second.stderr
         os.kill(first.pid, signal.SIGCONT)
-        assert first.wait(120) == 0
+        assert first.wait(400) == 0
     finally:
         first.kill()
     assert open_bank(tmp_path / "bank", verify="full").num_rows == 2999

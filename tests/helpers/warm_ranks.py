@@ -26,6 +26,7 @@ from typing import Any
 
 import psutil
 
+from megatron_graft.processes import end_with_parent
 from tests.helpers.ports import free_port
 
 _POLL_SECONDS = 0.02
@@ -40,7 +41,7 @@ class WarmRanks:
     """The forking process, started by the first run, ended with this one."""
 
     def __init__(self) -> None:
-        self._process: subprocess.Popen[str] | None = None
+        self._process: subprocess.Popen[bytes] | None = None
 
     def run(
         self,
@@ -65,8 +66,7 @@ class WarmRanks:
         }  # fmt: skip
         process = self._started()
         assert process.stdin is not None and process.stdout is not None
-        process.stdin.write(json.dumps(asked) + "\n")
-        process.stdin.flush()
+        process.stdin.write(json.dumps(asked).encode() + b"\n")
         pids: list[int] = json.loads(process.stdout.readline())
         deadline = time.monotonic() + timeout
         while not select.select([process.stdout], [], [], _POLL_SECONDS)[0]:
@@ -78,10 +78,11 @@ class WarmRanks:
                 return int(code)
         return int(json.loads(process.stdout.readline()))
 
-    def _started(self) -> subprocess.Popen[str]:
+    def _started(self) -> subprocess.Popen[bytes]:
         if self._process is None or self._process.poll() is not None:
             command = [sys.executable, "-u", "-m", "tests.helpers.warm_ranks"]
-            self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+            # Without a buffer: select() does not see an answer that a read of the one before has put there.
+            self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0)
         return self._process
 
 
@@ -99,18 +100,20 @@ def _kill(pids: Sequence[int]) -> None:
 
 def _serve() -> None:
     """Import, then fork the ranks of each request and tell how they ended. Returns in a rank, to become it."""
+    end_with_parent(os.getppid())
     from megatron_graft.compat import cpu
 
     cpu.install()
     for module in _PRELOADED:
         importlib.import_module(module)
     gc.freeze()  # pages that the collector does not touch stay shared
-    answers = os.fdopen(os.dup(1), "w")
+    answers, server = os.fdopen(os.dup(1), "w"), os.getpid()
     for line in sys.stdin:
         asked = json.loads(line)
         pids = []
         for rank in range(asked["ranks"]):
             if (pid := os.fork()) == 0:
+                end_with_parent(server)
                 answers.close()
                 _become(asked, rank)
             pids.append(pid)

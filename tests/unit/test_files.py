@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import hashlib
 import json
 import os
@@ -66,6 +67,26 @@ def test_a_directory_whose_block_fails_leaves_nothing(tmp_path):
         (scratch / "file").write_text("x")
         raise ZeroDivisionError
     assert os.listdir(tmp_path) == []
+
+
+def test_what_a_killed_writer_left_is_removed_by_the_next_and_what_another_has_in_hand_is_not(tmp_path):
+    target, prefix = tmp_path / "tar*get", ".tar*get.partial-"
+    names = [f"{prefix}left", f"{prefix}held", ".tar*get.backup", ".target.partial-other"]
+    for name in names:
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "file").write_text("x")
+    (tmp_path / f"{prefix}file").write_text("x")
+    held = os.open(tmp_path / names[1], os.O_RDONLY)
+    fcntl.flock(held, fcntl.LOCK_EX)
+    try:
+        with directory_in_one_step(target) as scratch:
+            assert scratch.name.startswith(prefix)
+            with pytest.raises(ZeroDivisionError), directory_in_one_step(target):  # two at the same time
+                assert scratch.is_dir()
+                raise ZeroDivisionError
+    finally:
+        os.close(held)
+    assert sorted(os.listdir(tmp_path)) == sorted([*names[1:], f"{prefix}file", "tar*get"])
 
 
 def test_a_directory_is_never_replaced(tmp_path):

@@ -221,7 +221,7 @@ def test_a_work_directory_with_something_else_in_it_is_not_touched(
     (config.work / "thesis.txt").write_text("mine")
     with pytest.raises(BankError, match="is not empty and holds no plan of a build .got thesis.txt"):
         build_bank(config, tokenizer=recipient, encoder=donor)
-    (config.work / "thesis.txt").unlink()
+    (config.work / "thesis.txt").rename(config.work / ".plan.json.partial-killed")  # what a kill may leave
     keep_plan(make_plan(config, tokenizer=recipient, encoder=donor), config.work)
     (config.work / "thesis.txt").write_text("mine")
     build_bank(config, tokenizer=recipient, encoder=donor)

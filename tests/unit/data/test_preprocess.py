@@ -3,11 +3,16 @@ from __future__ import annotations
 import errno
 import json
 import os
+import signal
+import subprocess
+import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 
 from megatron_graft.data import indexed_files, preprocess
@@ -27,6 +32,7 @@ from megatron_graft.log import get_logger
 from tests.helpers.tokenizers import SENTENCES, TRICKY, small_byte_level, small_sentencepiece
 from tools import preprocess_data as command
 
+REPOSITORY = Path(__file__).resolve().parents[3]
 TEXTS = [*SENTENCES, *TRICKY, "\n\n".join(SENTENCES)]
 
 
@@ -136,6 +142,21 @@ def test_a_bad_line_is_named_and_old_files_stay(
     with pytest.raises(CorpusError, match=rf"text\.jsonl:{len(TEXTS) + 1}: is not UTF-8"):
         preprocess.preprocess([text], tmp_path / "out", tokenizer, workers=workers)
     assert {name: (tmp_path / name).read_bytes() for name in written_names(tmp_path)} == before
+
+
+def test_workers_end_with_a_command_that_is_killed(tmp_path: Path) -> None:
+    """They hold its standard error, which is read to its end only when all are gone."""
+    text = write_jsonl(tmp_path / "long.jsonl", SENTENCES * 40_000)
+    command = [sys.executable, "tools/preprocess_data.py", "--input", text, "--output-prefix", tmp_path / "out"]
+    command += ["--tokenizer-model", small_sentencepiece(tmp_path), "--workers", "2"]
+    process = subprocess.Popen(command, cwd=REPOSITORY, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 60
+    while len(psutil.Process(process.pid).children()) < 3:  # two workers and multiprocessing's tracker
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.02)
+    process.kill()
+    process.communicate(timeout=60)
+    assert not list(tmp_path.glob("out*")) and process.returncode == -signal.SIGKILL
 
 
 def test_workers_that_cannot_run_end_the_command(text: Path, tmp_path: Path) -> None:

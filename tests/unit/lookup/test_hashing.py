@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import threading
-import time
 import tracemalloc
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -18,6 +16,7 @@ from megatron_graft.errors import ConfigError, GraftError
 from megatron_graft.lookup.hashing import NgramHasher, open_hasher
 from megatron_graft.ngram.hashing import layer_hashes
 from tests.helpers.engram_cases import Case, engram_config, random_case
+from tests.helpers.threads import others_run_during
 
 EOD = 1
 IDS = np.array([0, 1, 1, 2, 3], dtype=np.int32)
@@ -274,24 +273,7 @@ def test_threads_may_hash_at_once() -> None:
 
 
 def test_other_threads_run_while_one_hashes() -> None:
-    """With the GIL held, the main thread could take no sample between a call's start and its end."""
     hasher = small_hasher()
     tokens_BS = np.zeros((64, 60_000), dtype=np.int32)
     out = np.empty((*tokens_BS.shape, 4), np.int64)
-    span: list[float] = []
-
-    def work() -> None:
-        span.append(time.perf_counter())
-        hasher.rows(tokens_BS, rows_out=out)
-        span.append(time.perf_counter())
-
-    thread = threading.Thread(target=work)
-    samples: list[float] = []
-    thread.start()
-    while thread.is_alive():
-        samples.append(time.perf_counter())
-        time.sleep(0.001)
-    thread.join()
-    begin, end = span
-    margin = 0.2 * (end - begin)
-    assert any(begin + margin < sample < end - margin for sample in samples)
+    assert others_run_during(lambda: hasher.rows(tokens_BS, rows_out=out))

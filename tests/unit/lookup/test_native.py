@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import threading
-import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -15,6 +13,7 @@ from megatron_graft.bank.extension import load_extension
 from megatron_graft.errors import ConfigError
 from megatron_graft.lookup.index import open_index
 from tests.helpers.banks import EOD
+from tests.helpers.threads import others_run_during
 
 KEY_IDS = np.array([[-1, 3, 1], [3, 1, 2]], dtype=np.int32)
 KEY_ORDERS = np.array([2, 3], dtype=np.uint8)
@@ -226,24 +225,7 @@ def test_threads_may_look_up_and_gather_at_once(bank_of):
 
 
 def test_other_threads_run_during_a_lookup(bank_of):
-    """With the GIL held, the main thread could take no sample between a lookup's start and its end."""
     index = open_index(bank_of([(1, 2), (1, 1, 1, 1)]))
     tokens = np.random.default_rng(0).integers(1, 4, (64, 30_000)).astype(np.int32)
-    span: list[float] = []
-
-    def look_up() -> None:
-        rows, orders = np.empty(tokens.shape, np.int64), np.empty(tokens.shape, np.uint8)
-        span.append(time.perf_counter())
-        index.lookup(tokens, eod=EOD, rows_out=rows, orders_out=orders)
-        span.append(time.perf_counter())
-
-    thread = threading.Thread(target=look_up)
-    samples: list[float] = []
-    thread.start()
-    while thread.is_alive():
-        samples.append(time.perf_counter())
-        time.sleep(0.001)
-    thread.join()
-    begin, end = span
-    margin = 0.2 * (end - begin)
-    assert any(begin + margin < sample < end - margin for sample in samples)
+    rows, orders = np.empty(tokens.shape, np.int64), np.empty(tokens.shape, np.uint8)
+    assert others_run_during(lambda: index.lookup(tokens, eod=EOD, rows_out=rows, orders_out=orders))
