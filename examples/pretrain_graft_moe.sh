@@ -228,7 +228,8 @@ evaluate_and_report() { # in one process, whatever layout was trained
 }
 
 main() {
-    forwarding_signals TERM tool prepare_run "${PREPARE_ARGS[@]}" # one process per file system works, the others wait for it
+    # One process per file system works, the others wait for it.
+    forwarding_signals TERM tool prepare_run "${PREPARE_ARGS[@]}"
     if [ -n "${LOCAL_RANK:-}" ]; then
         forwarding_signals TERM python -m megatron_graft.training.pretrain "${ARGS[@]}"
     else
