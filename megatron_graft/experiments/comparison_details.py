@@ -163,13 +163,14 @@ def training_section(summary: Summary, plots: Mapping[str, str]) -> Iterable[str
             yield f"Minus that of `{other}`:"
             yield markdown_table(["arm", *(f"{share} % of the tokens" for share in SHARES)], lines)
     yield plot_line(plots, "tokens", f"Training loss minus that of {references[0]}, against tokens")
-    yield "Share of the tokens after which an arm's training loss is as low as the other's at the end of its run:"
     lines = [
         [f"`{name}`", *(shown.percent(training["minus"].get(other, {}).get("reached")) for other in references)]
         for name, training in trained.items()
-        if training["minus"]
+        if any(one["reached"] for one in training["minus"].values())
     ]
-    yield markdown_table(["arm", *(f"end of `{other}`" for other in references)], lines)
+    if lines:
+        yield "Share of the tokens after which an arm's training loss is as low as the other's at the end of its run:"
+        yield markdown_table(["arm", *(f"end of `{other}`" for other in references)], lines)
 
 
 def further_section(summary: Summary) -> Iterable[str]:
