@@ -158,7 +158,7 @@ def _bank_facts(report: dict[str, Any]) -> list[list[str]]:
     return [
         ["bank", f"{_count(bank['num_rows'])} rows × {bank['row_dim']}{control}, `{_short(bank['digest'])}`{further}"],
         ["donor", f"{bank['donor']['name']}, layer {layers}, weights `{_short(bank['donor']['revision'])}`"],
-        ["hit rate in training", f"{_percent(rates.get('any'))} ({orders})"],
+        ["hit rate in training", _percent(rates.get("any")) + (f" ({orders})" if orders else "")],
     ]
 
 
