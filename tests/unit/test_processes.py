@@ -49,7 +49,9 @@ def test_a_child_ends_with_a_parent_that_ends_before_or_after_it_asked(tmp_path:
 
 
 def test_a_command_is_killed_with_the_one_that_runs_it() -> None:
-    outer = "from megatron_graft.processes import run_while_alive; run_while_alive(['sh', '-c', 'echo on; exec sleep 600'])"
+    outer = (
+        "from megatron_graft.processes import run_while_alive; run_while_alive(['sh', '-c', 'echo on; exec sleep 600'])"
+    )
     process = subprocess.Popen(
         [sys.executable, "-c", outer], stdout=subprocess.PIPE, text=True,
         env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
