@@ -147,7 +147,6 @@ def _arm(
     plan, runs = experiment.arms[name], records.runs[name]
     rivals = {one: plan.against.get(one, one) for one in references}
     first = next(iter(runs.values()))
-    speeds = [run.data["speed"]["tokens_per_second"] for run in runs.values() if run.data.get("speed")]
     return {
         "label": plan.label,
         "group": plan.group,
@@ -159,7 +158,6 @@ def _arm(
         "flops_per_token": first.data.get("flops_per_token"),
         "bank": first.data.get("bank"),
         "tokens_seen": first.data.get("tokens_seen"),
-        "tokens_per_second": mean_and_sd(speeds) if speeds else None,
         "hit_rate": hit_rates_of(runs, texts),
         "sites": _sites(runs),
         "texts": {text: _text(experiment, records, name, text, rivals) for text in texts if records.losses(name, text)},
