@@ -24,6 +24,7 @@ from megatron_graft.bank.reader import Bank, open_bank
 from megatron_graft.bank.row_layout import ROW_DTYPES
 from megatron_graft.bank.tensorfile import write_tensors
 from megatron_graft.bank.writer import write_bank
+from megatron_graft.data.tokenizer import load_tokenizer
 from megatron_graft.files import sha256_of_file
 
 Key = tuple[int, ...]
@@ -105,6 +106,17 @@ def make_bank(path: Path, counts: Mapping[Key, int], **settings: object) -> Bank
     """Write a small bank and open it; ``settings`` as :func:`bank_arguments`."""
     write_bank(path, **bank_arguments(counts, **settings))  # type: ignore[arg-type]
     return open_bank(path)
+
+
+def fitting_bank(path: Path, tokenizer_file: Path, counts: Mapping[Key, int], **settings: object) -> Path:
+    """Write a small bank of a real tokenizer, as a run that has this tokenizer accepts; ``settings`` as above."""
+    tokenizer = load_tokenizer(tokenizer_file)
+    arguments = bank_arguments(counts, **settings)  # type: ignore[arg-type]
+    arguments["tokenizer"] = TokenizerIdentity(
+        fingerprint=tokenizer.fingerprint, vocab_size=tokenizer.vocab_size, eod=tokenizer.eod
+    )
+    write_bank(path, **arguments)  # type: ignore[arg-type]
+    return path
 
 
 def table_bytes(arguments: Mapping[str, object]) -> np.ndarray:

@@ -9,9 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_graft.bank.manifest import TokenizerIdentity
 from megatron_graft.bank.reader import open_bank
-from megatron_graft.bank.writer import write_bank
 from megatron_graft.data.memory_layout import GraftReading
 from megatron_graft.data.token_compression import compress_vocabulary
 from megatron_graft.data.tokenizer import load_tokenizer
@@ -20,7 +18,7 @@ from megatron_graft.training.arguments import add_graft_arguments, graft_setting
 from megatron_graft.training.identity import memory_identity
 from megatron_graft.training.memory_setup import RunMemory, open_run_memory
 from megatron_graft.training.settings import GraftSettings
-from tests.helpers.banks import bank_arguments, make_bank
+from tests.helpers.banks import fitting_bank, make_bank
 from tests.helpers.memories import contents, layout_of
 from tests.helpers.tokenizers import small_sentencepiece
 from tests.unit.training.test_arguments import MEGATRON_DEFAULTS
@@ -35,26 +33,15 @@ def tokenizer_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return small_sentencepiece(tmp_path_factory.mktemp("tokenizer"))
 
 
-def fitting_bank(path: Path, tokenizer_file: Path, **settings: Any) -> Path:
-    """A bank of the run's tokenizer."""
-    tokenizer = load_tokenizer(tokenizer_file)
-    arguments = bank_arguments(COUNTS, vocab_size=tokenizer.vocab_size, eod=tokenizer.eod, **settings)
-    arguments["tokenizer"] = TokenizerIdentity(
-        fingerprint=tokenizer.fingerprint, vocab_size=tokenizer.vocab_size, eod=tokenizer.eod
-    )
-    write_bank(path, **arguments)  # type: ignore[arg-type]
-    return path
-
-
 @pytest.fixture
 def bank_path(tmp_path: Path, tokenizer_file: Path) -> Path:
-    return fitting_bank(tmp_path / "bank", tokenizer_file)
+    return fitting_bank(tmp_path / "bank", tokenizer_file, COUNTS)
 
 
 @pytest.fixture
 def deep_bank(tmp_path: Path, tokenizer_file: Path) -> Path:
     """Of three donor layers."""
-    return fitting_bank(tmp_path / "deep", tokenizer_file, layers=(4, 8, 24), width=5, seed=3)
+    return fitting_bank(tmp_path / "deep", tokenizer_file, COUNTS, layers=(4, 8, 24), width=5, seed=3)
 
 
 def open_memory(tokenizer_file: Path, *flags: Any, **megatron: Any) -> RunMemory | None:

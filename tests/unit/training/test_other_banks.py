@@ -9,14 +9,11 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_graft.bank.manifest import TokenizerIdentity
 from megatron_graft.bank.reader import open_bank
-from megatron_graft.bank.writer import write_bank
-from megatron_graft.data.tokenizer import load_tokenizer
 from megatron_graft.errors import ConfigError, IdentityError
 from megatron_graft.training.memory_setup import RunMemory, open_run_memory
 from megatron_graft.training.other_banks import other_memories
-from tests.helpers.banks import bank_arguments, make_bank
+from tests.helpers.banks import fitting_bank, make_bank
 from tests.helpers.memories import contents, layout_of
 from tests.helpers.tokenizers import small_sentencepiece
 from tests.unit.training.test_memory_setup import COUNTS, TABLES, run_settings
@@ -29,28 +26,15 @@ def tokenizer_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return small_sentencepiece(tmp_path_factory.mktemp("tokenizer"))
 
 
-def fitting_bank(
-    path: Path, tokenizer_file: Path, counts: dict[tuple[int, ...], int] = COUNTS, **settings: Any
-) -> Path:
-    """A bank of the run's tokenizer."""
-    tokenizer = load_tokenizer(tokenizer_file)
-    arguments = bank_arguments(counts, **settings)
-    arguments["tokenizer"] = TokenizerIdentity(
-        fingerprint=tokenizer.fingerprint, vocab_size=tokenizer.vocab_size, eod=tokenizer.eod
-    )
-    write_bank(path, **arguments)  # type: ignore[arg-type]
-    return path
-
-
 @pytest.fixture
 def bank_path(tmp_path: Path, tokenizer_file: Path) -> Path:
-    return fitting_bank(tmp_path / "bank", tokenizer_file)
+    return fitting_bank(tmp_path / "bank", tokenizer_file, COUNTS)
 
 
 @pytest.fixture
 def other_path(tmp_path: Path, tokenizer_file: Path) -> Path:
     """The same keys with other rows."""
-    return fitting_bank(tmp_path / "other", tokenizer_file, seed=50)
+    return fitting_bank(tmp_path / "other", tokenizer_file, COUNTS, seed=50)
 
 
 def with_other(
@@ -141,7 +125,7 @@ def test_another_tokenizer_is_refused(bank_path: Path, tmp_path: Path, tokenizer
 def test_rows_of_another_layout_are_refused(
     bank_path: Path, tmp_path: Path, tokenizer_file: Path, layout: dict[str, Any], described: str
 ) -> None:
-    other = fitting_bank(tmp_path / "laid out", tokenizer_file, **layout)
+    other = fitting_bank(tmp_path / "laid out", tokenizer_file, COUNTS, **layout)
     expected = rf"^--other-bank {other}: .*run's bank {bank_path} \(got {described}; expected bfloat16 elements, 4 of"
     with pytest.raises(IdentityError, match=expected):
         with_other(bank_path, {"other": other}, tokenizer_file)
