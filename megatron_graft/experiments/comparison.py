@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from megatron_graft.experiments.experiment import CORE, ROUND, Experiment, Hypothesis, Pair
+from megatron_graft.experiments.experiment import CORE, ROUND, Arm, Experiment, Hypothesis, Pair
 from megatron_graft.experiments.match_losses import by_order_of, contributions_of, grids_of, hit_rates_of
 from megatron_graft.experiments.records import Records, RunRecord
 from megatron_graft.experiments.statistics import (
@@ -151,6 +151,7 @@ def _arm(
         "label": plan.label,
         "group": plan.group,
         "sweeps": dict(plan.sweeps),
+        "varies": _change(experiment, records, plan),
         "against": dict(plan.against),
         "steps": plan.steps,
         "seeds": list(runs),
@@ -165,6 +166,14 @@ def _arm(
             runs, {one: records.runs.get(other, {}) for one, other in rivals.items() if other != name}
         ),
     }
+
+
+def _change(experiment: Experiment, records: Records, plan: Arm) -> dict[str, Any] | None:
+    """What the one thing did in which an arm differs from the one that it varies, on the primary text."""
+    if plan.varies is None:
+        return None
+    found = difference(records, plan.name, plan.varies, experiment.primary) if plan.varies in records.runs else None
+    return {"arm": plan.varies, "difference": found and found.as_json()}
 
 
 def _text(experiment: Experiment, records: Records, arm: str, text: str, rivals: Mapping[str, str]) -> dict[str, Any]:

@@ -31,12 +31,22 @@ def parts_of(arms: Iterable[Mapping[str, Any]], primary: str) -> list[str]:
 
 
 def sweeps_of(summary: Summary) -> dict[str, dict[str, Any]]:
-    """The arms that lie on each sweep's axis, in the experiment's order."""
+    """The arms that lie on each sweep's axis: ascending by the numbers in their values, words last."""
     sweeps: dict[str, dict[str, Any]] = {}
     for name, arm in summary["arms"].items():
         for sweep in arm["sweeps"]:
             sweeps.setdefault(sweep, {})[name] = arm
-    return sweeps
+    return {
+        sweep: dict(sorted(arms.items(), key=lambda one: _place(one[1]["sweeps"][sweep])))
+        for sweep, arms in sweeps.items()
+    }
+
+
+def _place(value: str) -> tuple[bool, list[float]]:
+    """What to sort a sweep's values by, which are words for people: "x 0.33", "9,375", "2 and 3", "all"."""
+    if re.match(r"(x )?\d", value) is None:
+        return True, []
+    return False, [float(number) for number in re.findall(r"\d+(?:\.\d+)?(?:e[-+]?\d+)?", value.replace(",", ""))]
 
 
 def order_section(summary: Summary, plots: Mapping[str, str]) -> Iterable[str]:
@@ -214,10 +224,11 @@ def sweep_sections(summary: Summary, plots: Mapping[str, str]) -> Iterable[str]:
     yield "## Sweeps"
     yield (
         "Runs are compared on the seeds that they share with the reference, and with one that was trained for as many "
-        "steps; points of one seed are marked so."
+        "steps; points of one seed are marked so. The unchanged arm is the one that a line varies in nothing else."
     )
     yield plot_line(plots, "sweeps", "Every sweep: difference against the value")
-    heads = ["", "arm", "seeds", "trained", "bank rows", "matches", "loss", *(f"− `{one}`" for one in references)]
+    heads = ["", "arm", "seeds", "trained", "bank rows", "matches", "loss", "− unchanged arm"]
+    heads += [f"− `{one}`" for one in references]
     for sweep, arms in sweeps.items():
         yield f"### {shown.sentence(sweep)}"
         yield markdown_table(heads, [_sweep_row(name, arm, sweep, summary) for name, arm in arms.items()])
@@ -232,7 +243,7 @@ def _sweep_row(name: str, arm: Mapping[str, Any], sweep: str, summary: Summary) 
         arm["sweeps"][sweep], f"`{name}`", shown.seeds_of(arm),
         shown.millions(arm["parameters"].get("trained")), shown.count((arm["bank"] or {}).get("rows")),
         shown.percent(rate.get("any")), shown.with_sd(text.get("loss")),
-        *_minus(text, summary["references"]),
+        shown.with_interval((arm["varies"] or {}).get("difference")), *_minus(text, summary["references"]),
     ]  # fmt: skip
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import math
+import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -19,6 +20,7 @@ from megatron_graft.reporting.plot import COLOURS, STYLE
 _GREY = "#5f6368"
 NAMES = ("differences", "by_order", "tokens", "sweeps", "coverage")
 _PANELS_A_LINE = 3
+_TITLE_WIDTH = 32  # characters of a panel's title
 _MANY_TICKS = 5  # longer axes have their words set aslant
 _ALL = "all"
 
@@ -141,7 +143,7 @@ def _sweeps(summary: Summary, pyplot: Any) -> Any:
     columns = min(_PANELS_A_LINE, len(panels))
     lines = math.ceil(len(panels) / columns)
     size = (max(5.5, 3.9 * columns), 3.4 * lines)
-    figure, grid = pyplot.subplots(lines, columns, figsize=size, layout="constrained", squeeze=False)
+    figure, grid = pyplot.subplots(lines, columns, figsize=size, layout="constrained", squeeze=False, sharey=True)
     for axes, (sweep, found) in zip(grid.flat, panels.items(), strict=False):
         means, bars = _means_and_bars(found.values())
         axes.plot(range(len(found)), means, color=COLOURS[0], alpha=0.4, linewidth=1)
@@ -150,7 +152,7 @@ def _sweeps(summary: Summary, pyplot: Any) -> Any:
         words = [summary["arms"][name]["sweeps"][sweep] for name in found]
         aslant = {"rotation": 30, "ha": "right"} if max(map(len, words)) * len(words) > _MANY_TICKS * 6 else {}
         axes.set_xticks(range(len(words)), words, **aslant)
-        axes.set_title(sweep)
+        axes.set_title(textwrap.fill(sweep, _TITLE_WIDTH))
         axes.margins(x=0.12)
     for axes in grid.flat[len(panels) :]:
         axes.set_visible(False)

@@ -48,6 +48,7 @@ class Arm:
         label: what it is, in a few words.
         group: ``core`` (judged by the hypotheses), ``further``, ``sweep`` or ``round`` (tuning that followed a look).
         sweeps: name of each sweep that it lies on -> its value there.
+        varies: the arm that it is but for one thing, or None.
         against: stand-ins for arms that it is shown against: one of other steps is shown against others of its steps.
         bank: name of its bank, or None.
         seeds: that it is run with.
@@ -59,6 +60,7 @@ class Arm:
     label: str
     group: str
     sweeps: Mapping[str, str]
+    varies: str | None
     against: Mapping[str, str]
     bank: str | None
     seeds: tuple[int, ...]
@@ -220,6 +222,7 @@ def _arm(name: str, fields: YamlFields, seeds: tuple[int, ...], recipient: Flags
         label=fields.text("label", ", ".join(" ".join(pair) for pair in sweeps.items()) or name),
         group=fields.choice("group", GROUPS),
         sweeps=sweeps,
+        varies=fields.text("varies", None),
         against=fields.words("against"),
         bank=fields.text("bank", None),
         seeds=tuple(fields.list_of("seeds", int)) or seeds,
@@ -288,6 +291,7 @@ def _check_names(path: Path, experiment: Experiment) -> None:
     for number, pair in enumerate(experiment.pairs):
         arms |= {f"pairs[{number}].{side}": getattr(pair, side) for side in ("first", "second")}
     for arm in experiment.arms.values():
+        arms |= {f"arms.{arm.name}.varies": arm.varies} if arm.varies else {}
         arms |= {f"arms.{arm.name}.against": name for name in arm.against}
         arms |= {f"arms.{arm.name}.against.{name}": other for name, other in arm.against.items()}
     banks = {f"arms.{arm.name}.bank": arm.bank for arm in experiment.arms.values() if arm.bank}

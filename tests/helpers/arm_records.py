@@ -32,8 +32,8 @@ arms:
   sum: {label: both summed, group: core, bank: real, flags: {graft-layers: 2}}
   sum_shuffled: {label: rows shuffled, group: core, bank: shuffled, flags: {graft-layers: 2}}
   graft: {label: bank alone, group: further, bank: real, seeds: [1]}
-  rows_100: {label: 100 rows, group: sweep, sweeps: {bank size: "100"}, bank: real, seeds: [1]}
-  rows_500: {label: 500 rows, group: sweep, sweeps: {bank size: "500"}, bank: real, seeds: [1]}
+  rows_100: {label: 100 rows, group: sweep, sweeps: {bank size: "100"}, varies: rows_1000, bank: real, seeds: [1]}
+  rows_500: {label: 500 rows, group: sweep, sweeps: {bank size: "500"}, varies: rows_1000, bank: real, seeds: [1]}
   rows_1000: {label: 1000 rows, group: sweep, sweeps: {bank size: "1,000"}, bank: real, seeds: [1]}
   layer_2: {label: layer 2, group: sweep, sweeps: {donor layer: "2"}, bank: real, seeds: [1]}
   layer_9: {label: layer 9, group: sweep, sweeps: {donor layer: "9"}, bank: real, seeds: [1]}

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from megatron_graft.experiments import statistics
+from megatron_graft.experiments.comparison_details import sweeps_of
 from megatron_graft.experiments.comparison_numbers import interval, level, loss, marked, signed, with_sd
 from tests.helpers.arm_records import all_records, make_record, write_experiment, write_records
 from tools import compare_arms
@@ -83,6 +84,32 @@ def test_every_number_of_the_first_table_is_in_the_summary(tmp_path: Path) -> No
         f"{text['bits_per_byte']['mean']:.4f} ± {text['bits_per_byte']['sd']:.4f}",
         f"{with_sd(text['minus']['none'], sign='+')} {interval(text['minus']['none']['documents'])}",
     ]  # fmt: skip
+
+
+def test_a_sweeps_lines_ascend_and_tell_what_the_varied_thing_did(tmp_path: Path) -> None:
+    page = compare(tmp_path, [make_record(arm, 1) for arm in ("rows_1000", "rows_500", "rows_100", "layer_9")])
+    change = json.loads((tmp_path / "results" / "arms" / "summary.json").read_text())["arms"]["rows_100"]["varies"]
+    assert change["arm"] == "rows_1000" and 0.05 < change["difference"]["mean"] < 0.13
+    lines = [line.split(" | ") for line in section(page, "Sweeps").splitlines() if line.startswith("| ")]
+    head, rows = lines[0], [line for line in lines if line[1].startswith("`rows")]
+    assert [row[0] for row in rows] == ["| 100", "| 500", "| 1,000"]
+    column = head.index("− unchanged arm")
+    assert rows[0][column] == f"{signed(change['difference']['mean'])} {interval(change['difference']['documents'])}"
+    assert rows[2][column] == "–"
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        ["x 0.33", "x 1", "x 5", "x 15"], ["2", "2 and 3", "2 to 4", "2 to 6"], ["1e-3", "2e-3", "4e-3"],
+        ["9,375", "37,500"], ["6", "30", "all five"], ["raw", "centred"],
+    ],
+)  # fmt: skip
+def test_values_of_a_sweep_ascend(values: list[str]) -> None:
+    arms = {value: {"sweeps": {"one": value}} for value in values}
+    if values[0] != "raw":  # words stay as they come
+        arms = dict(reversed(arms.items()))
+    assert list(sweeps_of({"arms": arms})["one"]) == values
 
 
 def test_a_readme_can_show_a_figure(tmp_path: Path) -> None:

@@ -101,6 +101,7 @@ def test_flags_as_a_command_line() -> None:
     [
         (("arms", "graft", "group"), "cores", "arms.graft.group: is unknown .*cores"),
         (("arms", "graft", "bank"), "rael", "arms.graft.bank: names what is not there .*rael"),
+        (("arms", "graft", "varies"), "rael", "arms.graft.varies: names what is not there .*rael"),
         (("arms", "graft", "flgas"), {}, "arms.graft: has members that nothing reads .*flgas"),
         (("arms", "graft", "flags"), {"swiglu": False}, "arms.graft.flags.swiglu: is no flag's value"),
         (("arms", "graft"), "real", "arms.graft: is of the wrong kind"),

@@ -97,6 +97,16 @@ def test_arms_of_other_steps_are_shown_against_arms_of_their_steps(experiment: E
         assert arm.group != "sweep" or set(arm.against) == {"none", "engram"}
 
 
+def test_arms_of_a_sweep_vary_an_arm_of_their_steps_and_seeds(experiment: Experiment) -> None:
+    crossings = {"short_none", "short_engram", "short_sum"}
+    for arm in experiment.arms.values():
+        assert (arm.varies in crossings) == (arm.group == "sweep" and arm.name not in crossings), arm.name
+        if arm.varies:
+            varied = experiment.arms[arm.varies]
+            assert (arm.steps, arm.seeds) == (varied.steps, varied.seeds)
+            assert set(arm.sweeps) <= set(varied.sweeps)
+
+
 def test_every_hypothesis_is_about_core_arms(experiment: Experiment) -> None:
     for hypothesis in experiment.hypotheses:
         assert {experiment.arms[name].group for name in (hypothesis.better, hypothesis.worse)} == {"core"}
