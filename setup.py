@@ -71,7 +71,9 @@ setup(
         "megatron_graft.examples",
     ],
     package_dir={"megatron_graft.tools": "tools", "megatron_graft.examples": "examples"},
-    package_data={"megatron_graft.examples": ["*.sh", "*.yaml", "slurm/*.sbatch", "slurm/*.sh", "apptainer/*.def"]},
+    package_data={
+        "megatron_graft.examples": ["*.sh", "*.yaml", "arms/*.yaml", "slurm/*.sbatch", "slurm/*.sh", "apptainer/*.def"]
+    },
     install_requires=REQUIREMENTS,
     extras_require=EXTRAS,
     ext_modules=[native],

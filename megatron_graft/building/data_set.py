@@ -20,6 +20,7 @@ _LENGTH, _OFFSET, _BORDER_BYTES = np.dtype("<i4"), np.dtype("<i8"), 8
 _ENTRIES_AT_ONCE = 1 << 16
 _TOKENS_AT_ONCE = 1 << 20
 _REMEDY = "Copy or preprocess the data set again."
+_PREFIX_REMEDY = "Give the prefix of a Megatron data set, without .bin or .idx."
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,9 +127,9 @@ def open_data_set(prefix: str) -> DataSet:
     index, ids = Path(f"{prefix}.idx"), Path(f"{prefix}.bin")
     for path in (index, ids):
         if not path.is_file():
-            raise DataError(
-                path, "does not exist", remedy="Give the prefix of a Megatron data set, without .bin or .idx."
-            )
+            written = Path(f"{prefix}_text_document.idx")
+            remedy = f"Did you mean {written.with_suffix('')}?" if written.is_file() else _PREFIX_REMEDY
+            raise DataError(path, "does not exist", remedy=remedy)
     entries, dtype_code = _read_header(index)
     if entries == 0 or ids.stat().st_size == 0:
         raise DataError(prefix, "is an empty data set", remedy="Preprocess a corpus that has text in it.")

@@ -45,6 +45,7 @@ def make_record(experiment: Experiment, planned: PlannedRun, places: Places) -> 
         "commit": plan["commit"],
         "changed": plan["changed"],
         "command": plan["command"],
+        "bank_plan": plan.get("bank_plan"),
         "machine": figures["machine"],
         "steps": run.evaluation["train_iters"],
         "tokens_seen": run.evaluation["training_text"]["tokens_seen"],

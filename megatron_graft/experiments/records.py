@@ -238,8 +238,12 @@ def _stranger(experiment: Experiment, data: Mapping[str, Any]) -> str:
         return f"the experiment asks for seeds {', '.join(map(str, arm.seeds))}"
     if data["steps"] != arm.steps:
         return f"{data['steps']} steps, the experiment asks for {arm.steps}"
-    changed = changed_flags(data["command"], PlannedRun(arm=arm, seed=data["seed"]).command(experiment))
-    return f"the experiment asks for other flags: {', '.join(changed)}" if changed else ""
+    planned = PlannedRun(arm=arm, seed=data["seed"])
+    changed = changed_flags(data["command"], planned.command(experiment))
+    if changed:
+        return f"the experiment asks for other flags: {', '.join(changed)}"
+    made = data.get("bank_plan")  # records of the first versions do not tell
+    return "" if made in (None, planned.bank_plan(experiment)) else "the experiment asks for a bank made otherwise"
 
 
 def _check_alike(records: Records) -> None:

@@ -137,12 +137,18 @@ class Runner:
 
     def _keep_plan(self, run: PlannedRun, directory: Path) -> None:
         """Write down what a run is when it is begun; refuse to go on with it as another one."""
-        path, command = directory / PLAN_FILE, run.command(self.experiment)
+        path, command, bank = directory / PLAN_FILE, run.command(self.experiment), run.bank_plan(self.experiment)
         if not path.is_file():
-            plan = {"arm": run.arm.name, "seed": run.seed, "command": command, **code_version()}
+            plan = {"arm": run.arm.name, "seed": run.seed, "command": command, "bank_plan": bank, **code_version()}
             write_json_atomically(path, plan)
             return
-        begun = read_json(path, f"Remove {directory} to train the run anew.").get("command", "")
+        plan = read_json(path, f"Remove {directory} to train the run anew.")
+        if plan.get("bank_plan", bank) != bank:
+            raise ConfigError(
+                directory, "was begun with a bank made otherwise than the experiment asks for", got=plan["bank_plan"],
+                expected=bank, remedy="Remove the directory to train the run anew, or give the arm its bank back.",
+            )  # fmt: skip
+        begun = plan.get("command", "")
         changed = changed_flags(begun, command)
         if changed:
             raise ConfigError(

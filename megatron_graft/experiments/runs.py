@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import fnmatch
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from megatron_graft.experiments.experiment import GROUPS, Arm, Experiment
 
 TRAIN = "train"
 _SCRIPT = "examples/pretrain_graft_moe.sh"
+_NAMES = ("name", "source")  # of a bank's plan
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,6 +66,11 @@ class PlannedRun:
     def command(self, experiment: Experiment) -> str:
         """The same beyond directories, which are of no use to a reader: what a run is known by."""
         return " ".join([_SCRIPT, *flag_list(self._own_flags(experiment))])
+
+    def bank_plan(self, experiment: Experiment) -> list[dict[str, Any]]:
+        """How the arm's bank is made, whatever it is called; empty without one. A run is known by this, too."""
+        plans = [dataclasses.asdict(plan) for plan in experiment.plans_of(self.arm.bank)] if self.arm.bank else []
+        return [{name: value for name, value in plan.items() if name not in _NAMES} for plan in plans]
 
     def _own_flags(self, experiment: Experiment) -> dict[str, Any]:
         return {**experiment.recipient, **self.arm.flags, "seed": self.seed, "eval-iters": 0}

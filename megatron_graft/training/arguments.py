@@ -51,8 +51,9 @@ def _add_site_arguments(group: argparse._ArgumentGroup) -> None:
         "Default: plain.",
     )  # fmt: skip
     group.add_argument(
-        "--graft-conv-kernel", type=int, default=4, help="Taps of each site's causal convolution; 0 leaves it out."
-    )
+        "--graft-conv-kernel", type=int, default=4,
+        help="Taps of each site's causal convolution; 0 leaves it out. Default: 4.",
+    )  # fmt: skip
     group.add_argument(
         "--graft-conv-dilation", type=int, default=None,
         help="Positions between two taps. Default: the longest n-gram that the site reads.",
@@ -147,17 +148,28 @@ def _add_engram_arguments(group: argparse._ArgumentGroup) -> None:
         help="The hash dialect's own id of each of --engram-layers. Default: its number less one, since the published "
         "code counts layers from 0.",
     )  # fmt: skip
-    group.add_argument("--engram-dialect", choices=sorted(DIALECTS), default="deepseek", help="How n-grams are hashed.")
-    group.add_argument("--engram-max-order", type=int, default=3, help="Longest n-gram; the shortest has 2 tokens.")
-    group.add_argument("--engram-heads", type=int, default=8, help="Rows read for each order at each position.")
     group.add_argument(
-        "--engram-vocab-size", type=int, nargs="+", default=[646400], metavar="N",
-        help="Least rows of a head; each takes the next prime that no other head has. One number, or one per order.",
+        "--engram-dialect", choices=sorted(DIALECTS), default="deepseek",
+        help="How n-grams are hashed. Default: deepseek.",
     )  # fmt: skip
     group.add_argument(
-        "--engram-dim", type=int, default=512, help="Elements read for each order; a row has this divided by the heads."
-    )
-    group.add_argument("--engram-seed", type=int, default=0, help="Seed of the hash constants.")
+        "--engram-max-order", type=int, default=3,
+        help="Longest n-gram; the shortest has 2 tokens. Default: 3.",
+    )  # fmt: skip
+    group.add_argument(
+        "--engram-heads", type=int, default=8,
+        help="Rows read for each order at each position. Default: 8.",
+    )  # fmt: skip
+    group.add_argument(
+        "--engram-vocab-size", type=int, nargs="+", default=[646400], metavar="N",
+        help="Least rows of a head; each takes the next prime that no other head has. One number, or one per order. "
+        "Default: 646400, the published size; with all defaults a layer's table has 662 million parameters.",
+    )  # fmt: skip
+    group.add_argument(
+        "--engram-dim", type=int, default=512,
+        help="Elements read for each order; a row has this divided by the heads. Default: 512.",
+    )  # fmt: skip
+    group.add_argument("--engram-seed", type=int, default=0, help="Seed of the hash constants. Default: 0.")
     group.add_argument(
         "--engram-pad-id", type=int, default=None,
         help="Token id that stands where an n-gram reaches before its document. Default: the tokenizer's EOD.",
@@ -167,11 +179,13 @@ def _add_engram_arguments(group: argparse._ArgumentGroup) -> None:
         help="Let hashed n-grams reach across document starts, as the published code does.",
     )  # fmt: skip
     group.add_argument(
-        "--engram-lr-mult", type=float, default=5.0, help="Learning rate of the tables, as a multiple of --lr."
-    )
+        "--engram-lr-mult", type=float, default=5.0,
+        help="Learning rate of the tables, as a multiple of --lr. Default: 5.",
+    )  # fmt: skip
     group.add_argument(
-        "--engram-wd-mult", type=float, default=0.0, help="Their weight decay, as a multiple of --weight-decay."
-    )
+        "--engram-wd-mult", type=float, default=0.0,
+        help="Their weight decay, as a multiple of --weight-decay. Default: 0.",
+    )  # fmt: skip
     group.add_argument(
         "--engram-shard-over", choices=["tensor", "expert", "data"], default="tensor",
         help=f"Ranks over which a table's rows are split. Only 'tensor' is there yet; {TABLES_PAGE} says why.",

@@ -63,6 +63,7 @@ def test_the_wheel_holds_the_package_and_nothing_beside_it(archives: tuple[Path,
     assert any(name.startswith("megatron_graft/_native.") and name.endswith(".so") for name in names)
     assert "megatron_graft/examples/pretrain_graft_moe.sh" in names
     assert "megatron_graft/examples/slurm/pretrain.sbatch" in names
+    assert "megatron_graft/examples/arms/matched_arms.yaml" in names
     assert any(name.endswith(".dist-info/licenses/LICENSE") for name in names)
     tools = {f"megatron_graft/tools/{file.name}" for file in (REPOSITORY / "tools").glob("*.py")}
     assert tools and tools <= set(names)

@@ -108,6 +108,7 @@ def test_records_of_no_run_of_the_experiment_are_set_aside_with_the_reason(
     strangers = [
         make_record("graft", 2), make_record("none", 3, steps=8), make_record("dropped", 1, effect=0.0),
         make_record("engram", 1, command=other), make_record("none", 1),
+        make_record("sum", 1, bank_plan=[{"donor": "another"}]),
     ]  # fmt: skip
     path = write_records(tmp_path / "r.jsonl", [*strangers, make_record("none", 1)])
     records = load_records(path, experiment)
@@ -119,6 +120,7 @@ def test_records_of_no_run_of_the_experiment_are_set_aside_with_the_reason(
         "`engram`, seed 1: the experiment asks for other flags: --lr",
         "`graft`, seed 2: the experiment asks for seeds 1",
         "`none`, seed 3: 8 steps, the experiment asks for 40",
+        "`sum`, seed 1: the experiment asks for a bank made otherwise",
     )
 
 

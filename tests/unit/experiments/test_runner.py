@@ -28,7 +28,7 @@ runner.training_script = lambda: root / "train.sh"
 experiment = load_experiment(root / "arms.yaml")
 places = Places(work=root / "work", runs=root / "runs", records=root / "records.jsonl")
 resources = runner.Resources(jobs=1, processes=1, threads=1)
-print(*runner.Runner(experiment, places, [], resources).work_on(plan_runs(experiment, ["engram-seed1"])))
+print(*runner.Runner(experiment, places, [], resources).work_on(plan_runs(experiment, [sys.argv[2]])))
 """
 
 
@@ -43,10 +43,10 @@ def root(tmp_path: Path) -> Iterator[Path]:
         os.killpg(int((tmp_path / "pid").read_text()), signal.SIGKILL)
 
 
-def start(root: Path) -> subprocess.Popen[str]:
+def start(root: Path, run: str = "engram-seed1") -> subprocess.Popen[str]:
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
     return subprocess.Popen(
-        [sys.executable, "-c", PROGRAM, str(root)], env=environment, text=True,
+        [sys.executable, "-c", PROGRAM, str(root), run], env=environment, text=True,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
     )  # fmt: skip
 
@@ -76,4 +76,15 @@ def test_a_run_that_was_begun_with_other_flags_is_not_gone_on_with(root: Path) -
     output = start(root).communicate(timeout=60)[0]
     assert "was begun with other flags than the experiment asks for: --engram-layers" in output
     assert "Remove the directory to train the run anew" in output
+    assert "exit code 3" not in output
+
+
+def test_nor_is_one_whose_bank_was_made_otherwise_whatever_it_was_called(root: Path) -> None:
+    (root / "train.sh").write_text("exit 3\n")
+    for text in (YAML, YAML.replace("real", "genuine")):
+        write_experiment(root, text)
+        assert "exit code 3" in start(root, "sum-seed1").communicate(timeout=60)[0]
+    write_experiment(root, YAML.replace("num-rows: 1000", "num-rows: 2000"))
+    output = start(root, "sum-seed1").communicate(timeout=60)[0]
+    assert "was begun with a bank made otherwise than the experiment asks for" in output
     assert "exit code 3" not in output
