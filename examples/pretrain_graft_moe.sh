@@ -157,17 +157,14 @@ CHECKPOINT_ARGS=(
 
 # ---------------------------------------------------------------- device
 if [ "${DEVICE}" = cuda ]; then # written for a GPU cluster; has not been run on one
-    PROCESSES="${GPUS_PER_NODE:-$(nvidia-smi -L | wc -l)}"
-    IMPLEMENTATION="$(python -c '
-from megatron_graft.compat.optional import probe_transformer_engine as probe
-print("transformer_engine" if probe().usable else "local")')"
-    DEVICE_ARGS=(--distributed-backend nccl --bf16 --transformer-impl "${IMPLEMENTATION}")
-    if [ "${IMPLEMENTATION}" = transformer_engine ]; then
-        DEVICE_ARGS+=(--moe-grouped-gemm)
-    else
-        DEVICE_ARGS+=(--no-persist-layer-norm --no-gradient-accumulation-fusion)
+    if [ -z "${LOCAL_RANK:-}" ]; then # torch counts the visible ones, nvidia-smi all
+        PROCESSES="${GPUS_PER_NODE:-$(python -c 'import torch; print(torch.cuda.device_count())')}"
     fi
+    read -ra DEVICE_ARGS <<< "$(python -c '
+from megatron_graft.compat.optional import cuda_flags
+print("--distributed-backend nccl --bf16", *cuda_flags())')"
 else
+    export CUDA_VISIBLE_DEVICES= # DEVICE=cpu is asked for on machines with GPUs, too
     # Two processes of one thread beat one process of two wherever a core is shared: threads wait for each other at the
     # end of every small operation, data-parallel ranks once a step.
     PROCESSES="${GPUS_PER_NODE:-$(($(nproc) > 1 ? 2 : 1))}"

@@ -1,4 +1,4 @@
-"""Which optional packages are really there: Transformer Engine and NVIDIA apex.
+"""Which optional packages are really there, Transformer Engine and NVIDIA apex, and what that asks of a run on GPUs.
 
 An import that raises anything at all counts as absent and is reported with its reason: a Transformer Engine without
 its CUDA libraries raises ``RuntimeError``, and PyPI's ``apex`` is an unrelated project that imports without error.
@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import importlib
 from dataclasses import dataclass
+
+_WEIGHT_GRADIENT = "fused_weight_gradient_mlp_cuda"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,6 +47,23 @@ def probe_transformer_engine() -> Probe:
 def probe_apex() -> Probe:
     """Look for NVIDIA apex by its fused kernels, never by its name."""
     return _probe("NVIDIA apex", "apex.optimizers", ("FusedAdam",))
+
+
+def probe_weight_gradient_kernel() -> Probe:
+    """Look for apex's kernel that adds weight gradients up in place, which Megatron's own linear layers ask for."""
+    return _probe(_WEIGHT_GRADIENT, _WEIGHT_GRADIENT, ("wgrad_gemm_accum_fp32",))
+
+
+def cuda_flags() -> list[str]:
+    """Megatron's flags for a GPU with what is installed: the layers' implementation, and fusions that have no kernel.
+
+    With Transformer Engine the output layer is still one of Megatron's own.
+    """
+    engine = probe_transformer_engine().usable
+    flags = ["--transformer-impl", "transformer_engine", "--moe-grouped-gemm"] if engine else [
+        "--transformer-impl", "local", "--no-persist-layer-norm", "--no-rope-fusion",
+    ]  # fmt: skip
+    return flags if probe_weight_gradient_kernel().usable else [*flags, "--no-gradient-accumulation-fusion"]
 
 
 def describe_optional_packages() -> str:

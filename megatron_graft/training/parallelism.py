@@ -229,6 +229,12 @@ REFUSED_DATA = (
         applies=lambda args: args.hybrid_context_parallel, why="every sequence is cut over all context-parallel ranks",
     ),
     Refused(
+        dimension="overlap of the experts' communication", flag="--overlap-moe-expert-parallel-comm",
+        applies=lambda args: args.overlap_moe_expert_parallel_comm,
+        why="Megatron then runs the parts of two micro-batches' layers by a plan of its own, and sites are in none of "
+        "them",
+    ),
+    Refused(
         dimension="other data loaders", flag="--dataloader-type",
         applies=lambda args: args.dataloader_type != "external",
         why="the iterator is megatron-graft's own",

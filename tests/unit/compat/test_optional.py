@@ -6,15 +6,16 @@ from pathlib import Path
 
 import pytest
 
-from megatron_graft.compat.optional import probe_apex, probe_transformer_engine
+from megatron_graft.compat.optional import cuda_flags, probe_apex, probe_transformer_engine
 
 Fake = Callable[[dict[str, str]], None]
+NAMES = ("transformer_engine", "apex", "fused_weight_gradient_mlp_cuda")
 
 
 @pytest.fixture
 def fake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Fake:
     """Put packages on the path: file below it -> its source."""
-    for name in [name for name in sys.modules if name.split(".")[0] in ("transformer_engine", "apex")]:
+    for name in [name for name in sys.modules if name.split(".")[0] in NAMES]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.syspath_prepend(str(tmp_path))
 
@@ -25,7 +26,7 @@ def fake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Fake:
             path.write_text(source)
 
     yield write  # type: ignore[misc]
-    for name in [name for name in sys.modules if name.split(".")[0] in ("transformer_engine", "apex")]:
+    for name in [name for name in sys.modules if name.split(".")[0] in NAMES]:
         del sys.modules[name]
 
 
@@ -73,3 +74,25 @@ def test_nvidias_apex_is_found_by_its_fused_optimizer(fake: Fake) -> None:
 def test_nothing_installed_is_absent(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "transformer_engine", None)
     assert not probe_transformer_engine().usable
+
+
+LOCAL = ["--transformer-impl", "local", "--no-persist-layer-norm", "--no-rope-fusion"]
+ENGINE = ["--transformer-impl", "transformer_engine", "--moe-grouped-gemm"]
+UNFUSED = "--no-gradient-accumulation-fusion"
+
+
+@pytest.mark.parametrize(
+    ("engine", "kernel", "flags"),
+    [(False, False, [*LOCAL, UNFUSED]), (False, True, LOCAL), (True, False, [*ENGINE, UNFUSED]), (True, True, ENGINE)],
+)
+def test_a_run_on_gpus_asks_for_the_kernels_that_are_there(
+    fake: Fake, engine: bool, kernel: bool, flags: list[str]
+) -> None:
+    if engine:
+        fake({
+            "transformer_engine/__init__.py": "",
+            "transformer_engine/pytorch/__init__.py": "Linear = LayerNormLinear = RMSNorm = object",
+        })  # fmt: skip
+    if kernel:
+        fake({"fused_weight_gradient_mlp_cuda.py": "wgrad_gemm_accum_fp32 = object"})
+    assert cuda_flags() == flags

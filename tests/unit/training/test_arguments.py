@@ -26,7 +26,8 @@ WITH_TABLES = ["--engram-layers", "3", "2"]
 MEGATRON_DEFAULTS: dict[str, Any] = {
     "num_layers": 4, "dataloader_type": "external", "full_validation": False, "multiple_validation_sets": False,
     "phase_transition_iterations": None, "sft": False, "dataloader_inter_document_masking": False,
-    "context_parallel_size": 1, "hybrid_context_parallel": False, "attention_dropout": 0.0,
+    "context_parallel_size": 1, "hybrid_context_parallel": False, "overlap_moe_expert_parallel_comm": False,
+    "attention_dropout": 0.0,
     "reset_attention_mask": False, "transformer_impl": "local",
     "tensor_model_parallel_size": 1, "sequence_parallel": False, "virtual_pipeline_model_parallel_size": None,
     "num_experts": None, "expert_tensor_parallel_size": None, "mtp_num_layers": None, "cuda_graph_impl": "none",

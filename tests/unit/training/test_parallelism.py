@@ -48,6 +48,7 @@ ASKED: dict[str, list[dict[str, Any]]] = {
         {"mtp_num_layers": 1, "dataloader_inter_document_masking": True},
     ],
     "--hybrid-context-parallel": [{"hybrid_context_parallel": True}],
+    "--overlap-moe-expert-parallel-comm": [{"overlap_moe_expert_parallel_comm": True}],
     "--dataloader-type": [{"dataloader_type": "single"}, {"dataloader_type": "cyclic"}],
     "--full-validation": [{"full_validation": True}],
     "--multiple-validation-sets": [{"multiple_validation_sets": True}],
