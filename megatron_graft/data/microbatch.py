@@ -105,6 +105,11 @@ def content_bytes(
     return fixed + sum(count * sections[name].row_bytes for name, count in used.items())
 
 
+def packed_bytes(layout: MemoryLayout, sequences: int, positions: int) -> int:
+    """Size of the packed memory of B sequences of s positions, with room for a row at every position."""
+    return next(reversed(_sections(layout, sequences, positions).values())).end
+
+
 @dataclass(frozen=True)
 class MicroBatchMemory:
     """Views into one packed tensor. Build with :meth:`allocate` (host side) or :meth:`unpack` (in the model).
@@ -129,7 +134,7 @@ class MicroBatchMemory:
         cls, layout: MemoryLayout, sequence_number: int, sequences: int, positions: int, *, pin: bool = False
     ) -> MicroBatchMemory:
         """A host-side memory with header written and row 0 zeroed; the other sections are for the caller to fill."""
-        size = next(reversed(_sections(layout, sequences, positions).values())).end
+        size = packed_bytes(layout, sequences, positions)
         packed = torch.empty(size, dtype=torch.uint8, pin_memory=pin)
         exchange = torch.zeros(len(layout.exchanged_rows), 2, layout.partition.size, dtype=torch.int64)
         memory = cls.unpack(layout, packed, exchange, sequences, positions)
@@ -148,7 +153,7 @@ class MicroBatchMemory:
         Raises:
             ValueError: the tensor's size does not fit them.
         """
-        size = next(reversed(_sections(layout, sequences, positions).values())).end
+        size = packed_bytes(layout, sequences, positions)
         if packed.dtype != torch.uint8 or packed.numel() != size:
             raise ValueError(
                 f"packed memory has {packed.numel()} x {packed.dtype}, but {sequences} sequences of {positions} "

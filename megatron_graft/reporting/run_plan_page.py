@@ -56,13 +56,13 @@ def _stages(stages: Sequence[Mapping[str, Any]]) -> str:
         return "The run has no memory."
     heads = [
         "pipeline stage", "layers with a site", "parameters", "of trained rows", "with gradients and optimizer",
-        "rows gathered a step", "that is", "to the device a step",
+        "rows gathered a step", "that is", "to the device a step", "waiting there",
     ]  # fmt: skip
     rows = [
         [
             str(stage["stage"]), " ".join(map(str, stage["layers"])), amount(stage["dense"] + stage["table"]),
             amount(stage["table"]), amount(stage["state_bytes"], "B"), amount(stage["rows"]),
-            amount(stage["row_bytes"], "B"), amount(stage["device_bytes"], "B"),
+            amount(stage["row_bytes"], "B"), amount(stage["device_bytes"], "B"), amount(stage["waiting_bytes"], "B"),
         ]
         for stage in stages
     ]  # fmt: skip

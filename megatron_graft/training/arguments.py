@@ -92,7 +92,8 @@ def _add_running_arguments(group: argparse._ArgumentGroup) -> None:
     )  # fmt: skip
     group.add_argument(
         "--graft-look-ahead", type=int, default=None,
-        help="Micro-batches whose memory may be fetched in advance. Default: those of one step, at least 2.",
+        help="Micro-batches whose memory may be fetched in advance, for each model chunk. It waits on the device. "
+        "Default: those of one step, at least 2 and at most 4.",
     )  # fmt: skip
     group.add_argument(
         "--graft-verify", type=int, default=0, metavar="N",

@@ -7,7 +7,7 @@ rank read the same tokens without a word between them, and a restart goes on exa
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -27,12 +27,13 @@ class DatasetProvider:
 
     Attributes:
         is_distributed: tells Megatron to call it on every rank.
+        pin: whether batches lie in page-locked memory, which a GPU reads while the host goes on.
     """
 
     is_distributed = True
 
-    def __init__(self, look_ahead: LookAhead) -> None:
-        self.look_ahead = look_ahead
+    def __init__(self, look_ahead: LookAhead, *, pin: bool = False) -> None:
+        self.look_ahead, self.pin = look_ahead, pin
 
     def __call__(
         self, num_samples: Sequence[int], vp_stage: int | None = None
@@ -55,7 +56,13 @@ class DatasetProvider:
     ) -> MicroBatchStream | None:
         if dataset is None:
             return None
-        loader = _loader(dataset, consumed, micro_batch_size, get_args().num_workers)
+        loader = torch.utils.data.DataLoader(
+            dataset,
+            batch_sampler=_sampler(len(dataset), consumed, micro_batch_size),
+            num_workers=get_args().num_workers,
+            persistent_workers=get_args().num_workers > 0,
+            pin_memory=self.pin,  # without workers, by the look-ahead's thread
+        )
         return self.look_ahead.stream(loader, chunk=chunk, counted=counted)
 
 
@@ -90,14 +97,11 @@ def dataset_config(args: argparse.Namespace) -> GPTDatasetConfig:
     )
 
 
-def _loader(dataset: Any, consumed: int, micro_batch_size: int, workers: int) -> Iterable[dict[str, Any]]:
-    sampler = MegatronPretrainingSampler(
-        total_samples=len(dataset),
+def _sampler(total: int, consumed: int, micro_batch_size: int) -> MegatronPretrainingSampler:
+    return MegatronPretrainingSampler(
+        total_samples=total,
         consumed_samples=consumed,
         micro_batch_size=micro_batch_size,
         data_parallel_rank=parallel_state.get_data_parallel_rank(),
         data_parallel_size=parallel_state.get_data_parallel_world_size(),
-    )
-    return torch.utils.data.DataLoader(
-        dataset, batch_sampler=sampler, num_workers=workers, persistent_workers=workers > 0
     )

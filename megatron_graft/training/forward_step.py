@@ -53,12 +53,13 @@ class ForwardStep:
         if memory is not None:
             self._verify(batch, memory)
         whole, packing = packed({name: batch.get(name) for name in (*_ON_DEVICE, BOUNDS, LONGEST)})
-        mine = get_batch_on_this_cp_rank(
-            whole, is_hybrid_cp=False, cp_group=parallel_state.get_context_parallel_group()
-        )
-        tensors: dict[str, Any] = {
-            name: tensor if tensor is None else tensor.cuda(non_blocking=True) for name, tensor in mine.items()
+        # Whole sequences go to the device: they lie in page-locked memory, which a rank's part, cut here, would not.
+        on_device = {
+            name: tensor if tensor is None else tensor.cuda(non_blocking=True) for name, tensor in whole.items()
         }
+        tensors: dict[str, Any] = get_batch_on_this_cp_rank(
+            on_device, is_hybrid_cp=False, cp_group=parallel_state.get_context_parallel_group()
+        )
         timers("batch-generator").stop()
         output = run_model(model, tensors, memory, packing)
         return output, partial(masked_loss, tensors["loss_mask"])

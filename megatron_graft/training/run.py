@@ -99,12 +99,15 @@ def build_look_ahead(
     layouts: Sequence[MemoryLayout | None],
 ) -> LookAhead:
     """The look-ahead of this rank: it fetches for those of its model chunks that own one of the run's sites."""
-    on_cuda = torch.device(torch.cuda.current_device()).type == "cuda"
-    transfer = CudaTransfer(torch.device("cuda", torch.cuda.current_device())) if on_cuda else HostTransfer()
-    per_step = args.global_batch_size // (args.micro_batch_size * args.data_parallel_size)
-    depth = settings.look_ahead or max(2, per_step)
-    fetchers = [memory.fetcher(layout, pin=on_cuda) if memory and layout else None for layout in layouts]
-    return LookAhead(fetchers, transfer, depth)
+    transfer = CudaTransfer(torch.device("cuda", torch.cuda.current_device())) if _on_cuda() else HostTransfer()
+    micro_batches = args.global_batch_size // (args.micro_batch_size * args.data_parallel_size)
+    fetchers = [memory.fetcher(layout, pin=_on_cuda()) if memory and layout else None for layout in layouts]
+    return LookAhead(fetchers, transfer, settings.look_ahead_of(micro_batches))
+
+
+def _on_cuda() -> bool:
+    """Whether this process computes on a GPU; Megatron has set its device."""
+    return torch.device(torch.cuda.current_device()).type == "cuda"
 
 
 def run_pretraining() -> None:
@@ -165,7 +168,7 @@ class _DeferredSetup:
 
     @functools.cached_property
     def _provider(self) -> DatasetProvider:
-        return DatasetProvider(self.look_ahead)
+        return DatasetProvider(self.look_ahead, pin=_on_cuda())
 
     def dataset_provider(self, num_samples: Any, vp_stage: int | None = None) -> Any:
         return self._provider(num_samples, vp_stage)

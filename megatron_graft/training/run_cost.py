@@ -14,7 +14,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from megatron_graft.data.memory_layout import MemoryLayout, SiteReading
-from megatron_graft.data.microbatch import content_bytes
+from megatron_graft.data.microbatch import content_bytes, packed_bytes
 from megatron_graft.data.partition import Partition
 from megatron_graft.memory.halo import moves
 from megatron_graft.training.run_terms import TextShape
@@ -47,6 +47,7 @@ class RunShape:
         sequence: S.
         micro_batch: B.
         micro_batches: of a step, on each rank.
+        look_ahead: micro-batches whose memory may wait ready, for each model chunk.
         element_bytes: of a parameter and of an activation: 2 or 4.
         sites: of the run.
     """
@@ -64,6 +65,7 @@ class RunShape:
     sequence: int
     micro_batch: int
     micro_batches: int
+    look_ahead: int
     element_bytes: int
     sites: tuple[SitePlan, ...]
 
@@ -110,6 +112,7 @@ class StageCost:
         rows: gathered from banks, in a step.
         row_bytes: that these have.
         device_bytes: copied to the device, in a step.
+        waiting_bytes: on the device, of the micro-batch in work and of those that wait, for training and validation.
         collectives: see :class:`Collective`.
     """
 
@@ -121,6 +124,7 @@ class StageCost:
     rows: float
     row_bytes: float
     device_bytes: float
+    waiting_bytes: float
     collectives: tuple[Collective, ...]
 
     def plus(self, other: StageCost) -> StageCost:
@@ -137,6 +141,7 @@ class StageCost:
             rows=self.rows + other.rows,
             row_bytes=self.row_bytes + other.row_bytes,
             device_bytes=self.device_bytes + other.device_bytes,
+            waiting_bytes=self.waiting_bytes + other.waiting_bytes,
             collectives=tuple(merged.values()),
         )
 
@@ -175,8 +180,9 @@ def _chunk_cost(run: RunShape, text: TextShape, stage: int, sites: list[SitePlan
     table = sum(_table_parameters(site.reading, partition) for site in sites)
     rows = [run.positions * text.hit_rate * text.distinct for _ in layout.grafts]
     gathered = sum(one * graft.row_layout.row_bytes() for one, graft in zip(rows, layout.grafts, strict=True))
+    positions = run.positions // run.micro_batch
     content = content_bytes(
-        layout, run.micro_batch, run.positions // run.micro_batch,
+        layout, run.micro_batch, positions,
         rows=[one + 1 for one in rows], requests=_requests(run, text, layout),
     )  # fmt: skip
     return StageCost(
@@ -188,6 +194,7 @@ def _chunk_cost(run: RunShape, text: TextShape, stage: int, sites: list[SitePlan
         rows=sum(rows) * run.micro_batches,
         row_bytes=gathered * run.micro_batches,
         device_bytes=content * run.micro_batches,
+        waiting_bytes=packed_bytes(layout, run.micro_batch, positions) * (1 + 2 * run.look_ahead),
         collectives=tuple(_collectives(run, text, sites, layout, dense, table)),
     )
 

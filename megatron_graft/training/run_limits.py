@@ -46,7 +46,7 @@ def demands(plan: RunPlan, costs: Sequence[StageCost], machine: Machine, seconds
         seconds: of a step.
     """
     run = plan.shape
-    fullest = max((cost.state_bytes for cost in costs), default=0.0)
+    fullest = max((cost.state_bytes + cost.waiting_bytes for cost in costs), default=0.0)
     busiest = max(costs, key=lambda cost: cost.device_bytes, default=None)
     found = [
         Demand(

@@ -72,6 +72,7 @@ def plan_run(flags: Sequence[str], world_size: int, bank: BankShape | None = Non
     _require_even_stages(args)
     settings = graft_settings(args)
     banks = tuple(bank or _bank_shape(path) for path in settings.banks)
+    micro_batches = args.global_batch_size // (args.micro_batch_size * args.data_parallel_size)
     shape = RunShape(
         world_size=world_size,
         tensor=args.tensor_model_parallel_size,
@@ -85,7 +86,8 @@ def plan_run(flags: Sequence[str], world_size: int, bank: BankShape | None = Non
         hidden=args.hidden_size,
         sequence=args.seq_length,
         micro_batch=args.micro_batch_size,
-        micro_batches=args.global_batch_size // (args.micro_batch_size * args.data_parallel_size),
+        micro_batches=micro_batches,
+        look_ahead=settings.look_ahead_of(micro_batches),
         element_bytes=2 if args.bf16 or args.fp16 else 4,
         sites=tuple(_sites(settings, banks)),
     )

@@ -9,6 +9,7 @@ from megatron_graft.compat.parameter_groups import ROWS_RATE, SITE_RATE, TABLE_R
 from megatron_graft.errors import ConfigError
 
 FROZEN = "frozen"
+MOST_AHEAD = 4  # micro-batches that wait ready, unless the user asks for more: each holds device memory
 DEFAULT_FACTORS = {"--graft-rows-lr-mult": 1.0, "--graft-rows-wd-mult": 0.0, "--graft-lr-mult": 1.0}
 
 
@@ -64,7 +65,7 @@ class GraftSettings:
         conv_kernel: convolution taps per site; 0 leaves it out.
         conv_dilation: distance between taps, or None for the site's longest order.
         lookup: implementation of lookup and hashing.
-        look_ahead: micro-batches that may wait ready, or None for those of one step.
+        look_ahead: micro-batches that may wait ready, or None for those of one step, 4 at most.
         verify_every: compare with the reference path every so many steps; 0 never.
         adopt_checkpoint: let ``--load`` read a checkpoint of another memory, or of none.
         allow_raw_bank: accept a bank whose rows were not normalised.
@@ -121,6 +122,10 @@ class GraftSettings:
         if self.lr_mult != DEFAULT_FACTORS["--graft-lr-mult"]:
             found[SITE_RATE] = Multipliers(lr=self.lr_mult)
         return found
+
+    def look_ahead_of(self, micro_batches: int) -> int:
+        """Micro-batches whose memory may wait ready, of a run that has so many in a step on each rank."""
+        return self.look_ahead or min(max(2, micro_batches), MOST_AHEAD)
 
     def bank_of_site(self, site: int) -> int:
         """Number of the bank that the site of ``layers[site]`` reads."""

@@ -7,7 +7,9 @@ from dataclasses import replace
 import pytest
 
 from megatron_graft.bank.row_layout import ROW_DTYPES, RowLayout
-from megatron_graft.data.memory_layout import EngramReading, GraftReading, SiteReading
+from megatron_graft.data.memory_layout import EngramReading, GraftReading, MemoryLayout, SiteReading
+from megatron_graft.data.microbatch import MicroBatchMemory
+from megatron_graft.data.partition import Partition
 from megatron_graft.training.run_cost import RunShape, SitePlan, forward_flops, stage_costs, state_bytes
 from megatron_graft.training.run_terms import TextShape
 
@@ -25,20 +27,23 @@ def site(layer: int, **reading: object) -> SitePlan:
 def shape(*sites: SitePlan, **changes: object) -> RunShape:
     one = RunShape(
         world_size=1, tensor=1, context=1, pipeline=1, virtual=1, data=1, sequence_parallel=False,
-        distributed_optimizer=False, num_layers=4, hidden=H, sequence=S, micro_batch=B, micro_batches=3,
+        distributed_optimizer=False, num_layers=4, hidden=H, sequence=S, micro_batch=B, micro_batches=3, look_ahead=2,
         element_bytes=2, sites=sites,
     )  # fmt: skip
     return replace(one, **changes)  # type: ignore[arg-type]
 
 
 def test_one_rank_holds_all_and_sends_nothing() -> None:
-    [cost] = stage_costs(shape(site(2, graft=GRAFT, engram=ENGRAM)), TEXT)
+    both = site(2, graft=GRAFT, engram=ENGRAM)
+    [cost] = stage_costs(shape(both), TEXT)
     norms_and_convolution = 3 * H + 4 * H
     assert cost.dense == 2 * H * 16 + 2 * H * 12 + norms_and_convolution
     assert cost.table == 100 * 3
     assert cost.rows == 3 * 0.5 * B * S
     assert cost.row_bytes == cost.rows * 32
     assert cost.device_bytes > cost.row_bytes
+    every_position = MicroBatchMemory.allocate(MemoryLayout.of([both.reading], Partition()), 0, B, S).packed.numel()
+    assert cost.waiting_bytes == every_position * (1 + 2 + 2)
     assert cost.collectives == ()
     assert cost.state_bytes == (cost.dense + cost.table) * (2 + 4 + 12)
 
@@ -54,7 +59,7 @@ def test_chunks_of_a_stage_are_added_up() -> None:
     costs = stage_costs(shape(*sites, pipeline=2, virtual=2, tensor=2, sequence_parallel=True, world_size=4), TEXT)
     assert [(cost.stage, cost.layers) for cost in costs] == [(0, (1, 3)), (1, (4,))]
     alone = [stage_costs(shape(one, tensor=2, sequence_parallel=True, world_size=2), TEXT)[0] for one in sites[:2]]
-    for name in ("dense", "table", "state_bytes", "rows", "row_bytes", "device_bytes"):
+    for name in ("dense", "table", "state_bytes", "rows", "row_bytes", "device_bytes", "waiting_bytes"):
         assert getattr(costs[0], name) == sum(getattr(cost, name) for cost in alone)
     sent = [{one.name: one.handed for one in cost.collectives} for cost in (costs[0], *alone)]
     assert sent[0] == {name: sum(part.get(name, 0) for part in sent[1:]) for name in sent[0]}

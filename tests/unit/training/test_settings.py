@@ -143,6 +143,11 @@ def test_the_numbers_of_a_run_without_a_memory_are_checked_as_well() -> None:
         check(STOCK, look_ahead=0)
 
 
+@pytest.mark.parametrize(("asked", "micro_batches", "depth"), [(None, 1, 2), (None, 3, 3), (None, 64, 4), (9, 1, 9)])
+def test_a_run_looks_as_far_ahead_as_a_step_within_limits(asked: int | None, micro_batches: int, depth: int) -> None:
+    assert dataclasses.replace(STOCK, look_ahead=asked).look_ahead_of(micro_batches) == depth
+
+
 def test_settings_are_read_without_torch_or_megatron() -> None:
     program = "import sys, megatron_graft.training.settings; print(sorted({'torch', 'megatron'} & set(sys.modules)))"
     shown = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
