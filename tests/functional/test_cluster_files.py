@@ -43,6 +43,16 @@ done
 kept=(--nnodes=1 --nproc-per-node=2 --master-addr=127.0.0.1 "${{kept[@]}}")
 exec {sys.executable} -m torch.distributed.run "${{kept[@]}}"
 """
+# Of a container it has the environment and the working directory; the image's files are this machine's.
+APPTAINER = """#!/usr/bin/env bash
+shift
+while [[ "$1" == --* ]]; do
+    case $1 in --env) export "$2"; shift ;; --pwd) cd "$2"; shift ;; --bind) shift ;; esac
+    shift
+done
+shift
+exec "$@"
+"""
 # In the place of the training script: like Megatron, it saves and exits when it is told to, and it has
 # helper processes that know nothing of signals: one inherits that they are ignored, the other does not.
 WORKER = """
@@ -118,7 +128,13 @@ def job(tmp_path: Path) -> dict[str, str]:
     """Environment of a job submitted from ``tmp_path``, with the stand-ins for Slurm on PATH."""
     commands = tmp_path / "bin"
     commands.mkdir()
-    for name, text in {"srun": SRUN, "scontrol": SCONTROL, "scancel": SCANCEL, "torchrun": TORCHRUN}.items():
+    for name, text in {
+        "srun": SRUN,
+        "scontrol": SCONTROL,
+        "scancel": SCANCEL,
+        "torchrun": TORCHRUN,
+        "apptainer": APPTAINER,
+    }.items():
         (commands / name).write_text(text)
         (commands / name).chmod(0o755)
     (tmp_path / "examples").mkdir()
@@ -176,6 +192,23 @@ def test_a_job_starts_one_torchrun_per_node_and_ends_with_it(job: dict[str, str]
     assert flags == ["--exit-signal-handler", "--exit-signal", "SIGUSR1", "--train-iters", "7"]
     assert (directory / "finished0").exists() and (directory / "finished1").exists()
     assert "requeue" not in (directory / "scontrol.log").read_text()
+
+
+def test_in_a_container_the_images_package_runs_not_one_in_the_working_directory(job: dict[str, str]) -> None:
+    directory = Path(job["SLURM_SUBMIT_DIR"])
+    (directory / "finish").touch()
+    (directory / "examples/pretrain_graft_moe.sh").write_text("raise SystemExit('a checkout')")
+    for package in ("megatron_graft", "image/megatron_graft"):
+        (directory / package / "examples").mkdir(parents=True)
+        (directory / package / "__init__.py").touch()
+    inside = directory / "image/megatron_graft/examples/pretrain_graft_moe.sh"
+    inside.write_text(f"import megatron_graft\nassert 'image' in megatron_graft.__file__\n{WORKER}")
+    image = {"GRAFT_CONTAINER": "an.sif", "PYTHONPATH": str(directory / "image"), "PATH": f"{job['PATH']}:{TOOLS}"}
+    process = start(job | image)
+    output = process.communicate(timeout=60)[0]
+    assert process.returncode == 0, output
+    assert str(inside) in (directory / "torchrun.log").read_text().splitlines()
+    assert (directory / "finished0").exists()
 
 
 def test_at_the_time_limit_the_workers_save_and_the_job_requeues_itself(job: dict[str, str]) -> None:
