@@ -5,7 +5,8 @@
 #     torchrun ... -m megatron_graft.training.pretrain "${ENGRAM_27B[@]}" [the model's own flags]
 #
 # Orders 2 and 3, eight heads each, in layers 2 and 15 of 30, 1280 elements per order; the paper's 2,262,400 slots are
-# read as two orders of 1,131,200 rows a head, which gives its 5.7 billion parameters (the paper does not say which).
+# read as two orders of 1,131,200 rows a head. That makes 5.79 billion parameters; the paper, which does not say how its
+# slots are meant, has 5.7.
 # shellcheck disable=SC2034  # read by whoever sources this
 ENGRAM_27B=(
     --engram-layers 2 15

@@ -11,7 +11,7 @@
 # under runs/RUN_NAME. Run it again to resume.
 #
 # Environment:
-#   DATA_PATH         your own .bin/.idx prefix (or blend); needs TOKENIZER_MODEL. SPLIT is its --split.
+#   DATA_PATH         your own .bin/.idx prefix (or blend); needs TOKENIZER_MODEL. SPLIT is its --split (default 969,30,1).
 #   TEXT, FOREIGN     or: your own .txt/.jsonl files, space-separated, in place of the default corpus
 #   TOKENIZER_MODEL   SentencePiece .model or Hugging Face tokenizer.json
 #   TOKENIZER_VOCAB_SIZE   ids of the tokenizer trained where none is given (default 8192; little text bears fewer)
@@ -25,6 +25,8 @@
 #   EVALUATION        what the finished run is evaluated on, NAME=PREFIX ... (default: the held-out text, and the foreign
 #                     one where it was made); "none": neither evaluated nor reported
 #   RUN_NAME, RUNS_DIR, WORK_DIR, DEVICE (cpu or cuda)
+#   GRAFT_THREADS     of each process on the CPU (default: its share of the processors)
+#   RUN_COMMAND       what the report says the run was started by
 #   GPUS_PER_NODE, NUM_NODES, NODE_RANK, MASTER_ADDR, MASTER_PORT   as in Megatron's own examples
 set -euo pipefail
 

@@ -38,7 +38,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     other.add_argument("--estimate", action="store_true", help="only say, from a sample, what it would give and cost")
     other.add_argument("--estimate-tokens", type=int, default=SAMPLE_TOKENS, metavar="N", help="tokens to sample")
-    cluster = parser.add_argument_group("by whom (with pip install megatron-graft[cluster])")
+    cluster = parser.add_argument_group("by whom (datatrove must be installed)")
     cluster.add_argument(
         "--executor",
         default="local",
@@ -49,6 +49,9 @@ def build_parser() -> argparse.ArgumentParser:
     cluster.add_argument("--slurm-time", default=SlurmOptions.time, metavar="TIME", help="time limit of a job")
     cluster.add_argument(
         "--slurm-encode-gpus", type=int, default=0, metavar="N", help="GPUs of a job that runs the donor"
+    )
+    cluster.add_argument(
+        "--slurm-encode-partition", default="", metavar="NAME", help="of those jobs (default: --slurm-partition)"
     )
     cluster.add_argument("--slurm-flags", nargs="+", default=[], metavar="FLAG=VALUE", help="further flags of sbatch")
     parser.add_argument("--keep-work", action="store_true", help="leave the work directory when the bank is there")
@@ -94,6 +97,7 @@ def _slurm(flags: argparse.Namespace) -> SlurmOptions | None:
         partition=flags.slurm_partition,
         time=flags.slurm_time,
         encode_gpus=flags.slurm_encode_gpus,
+        encode_partition=flags.slurm_encode_partition,
         sbatch_flags=named_prefixes(flags.slurm_flags, "--slurm-flags", "FLAG=VALUE"),
     )
 

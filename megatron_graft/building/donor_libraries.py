@@ -42,5 +42,5 @@ def missing_extra(error: ImportError) -> DonorError:
         "donor",
         "the packages that run donors are not installed",
         got=str(error),
-        remedy="Install them with: pip install 'megatron-graft[donor]'",
+        remedy="Install them with: pip install transformers gguf",
     )

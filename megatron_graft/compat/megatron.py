@@ -1,7 +1,8 @@
-"""The range of megatron-core versions that this package was built against, and one gap in its wheel."""
+"""The range of megatron-core versions that this package was built against, and two gaps in its wheel."""
 
 from __future__ import annotations
 
+import argparse
 import importlib.metadata
 
 from packaging.version import Version
@@ -51,3 +52,14 @@ def use_shipped_dataset_helpers() -> None:
     except ImportError:
         return
     dataset_utils.compile_helpers = lambda: None
+
+
+def mend_help(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    """Escape what argparse takes for a format in help texts that it is none in: one such text ends ``--help``."""
+    for action in parser._actions:
+        if isinstance(action.help, str):
+            try:
+                action.help % {**vars(action), "prog": parser.prog}
+            except (ValueError, KeyError, TypeError):
+                action.help = action.help.replace("%", "%%")
+    return parser

@@ -223,8 +223,8 @@ def sweep_sections(summary: Summary, plots: Mapping[str, str]) -> Iterable[str]:
         return
     yield "## Sweeps"
     yield (
-        "Runs are compared on the seeds that they share with the reference, and with one that was trained for as many "
-        "steps; points of one seed are marked so. The unchanged arm is the one that a line varies in nothing else."
+        "The unchanged arm is the one from which a line's arm differs in this one setting. Arms are compared on the "
+        "seeds that both have, and only if both were trained for as many steps."
     )
     yield plot_line(plots, "sweeps", "Every sweep: difference against the value")
     heads = ["", "arm", "seeds", "trained", "bank rows", "matches", "loss", "− unchanged arm"]

@@ -19,8 +19,8 @@ from megatron_graft.errors import ConfigError
 ALL_ROWS = "all"
 _NOT_IN_FILES = ("help", "config")
 _OF_BUILD_BANK = (
-    "estimate", "estimate_tokens", "executor", "from_bank", "keep_work", "slurm_encode_gpus", "slurm_flags",
-    "slurm_partition", "slurm_time",
+    "estimate", "estimate_tokens", "executor", "from_bank", "keep_work", "slurm_encode_gpus",
+    "slurm_encode_partition", "slurm_flags", "slurm_partition", "slurm_time",
 )  # fmt: skip
 """Flags of tools/build_bank.py alone; a file that has some serves tools/build_stage.py, too."""
 

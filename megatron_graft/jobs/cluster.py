@@ -116,7 +116,7 @@ def stage_executors(
 def _require_datatrove() -> None:
     if importlib.util.find_spec("datatrove") is None:
         raise PlatformError(
-            "datatrove", "is not installed", remedy="pip install 'megatron-graft[cluster]', or build without it."
+            "datatrove", "is not installed", remedy="Install it with: pip install datatrove, or build without it."
         )
 
 

@@ -20,7 +20,7 @@ from megatron.training import pretrain, training
 from megatron.training.argument_utils import gpt_config_from_args, pretrain_cfg_container_from_args
 from megatron.training.arguments import parse_and_validate_args
 
-from megatron_graft.compat.megatron import require_megatron, use_shipped_dataset_helpers
+from megatron_graft.compat.megatron import mend_help, require_megatron, use_shipped_dataset_helpers
 from megatron_graft.compat.optimizer_restart import mend_optimizer_restart
 from megatron_graft.compat.optional import describe_optional_packages
 from megatron_graft.compat.parameter_groups import use_multipliers
@@ -61,7 +61,8 @@ def parse_arguments() -> tuple[argparse.Namespace, GraftSettings, RunMemory | No
     use_shipped_dataset_helpers()
     mend_optimizer_restart()
     args = parse_and_validate_args(
-        extra_args_provider=add_graft_arguments, args_defaults={"dataloader_type": "external"}
+        extra_args_provider=lambda parser: add_graft_arguments(mend_help(parser)),
+        args_defaults={"dataloader_type": "external"},
     )
     settings = graft_settings(args)
     use_multipliers(settings.multipliers)
