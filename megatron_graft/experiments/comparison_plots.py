@@ -136,7 +136,7 @@ def _tokens(summary: Summary, pyplot: Any) -> Any:
 
 def _sweeps(summary: Summary, pyplot: Any) -> Any:
     """A panel for each sweep: the difference against the value."""
-    panels = {sweep: _minus_baseline(summary, arms) for sweep, arms in sweeps_of(summary).items()}
+    panels = {sweep: minus_stand_in(summary, arms) for sweep, arms in sweeps_of(summary).items()}
     panels = {sweep: found for sweep, found in panels.items() if found}
     if not panels:
         return None
@@ -203,6 +203,14 @@ def _minus_baseline(summary: Summary, arms: Mapping[str, Any]) -> dict[str, Any]
     return {name: one for name, one in found.items() if one and one["mean"] is not None}
 
 
+def minus_stand_in(summary: Summary, arms: Mapping[str, Any]) -> dict[str, Any]:
+    """The same of a sweep on which the baseline itself may lie, or what stands in for it: at zero."""
+    baseline, found = summary["references"][0], _minus_baseline(summary, arms)
+    stand_ins = {arms[name]["against"].get(baseline, baseline) for name in found}
+    zero: dict[str, Any] = {"mean": 0.0, "documents": None, "by_seed": {}}
+    return {name: found.get(name, zero) for name in arms if name in found or name in stand_ins}
+
+
 def _means_and_bars(found: Any) -> tuple[list[float], list[list[float]]]:
     """Means, and how far their intervals over documents reach below and above them."""
     ones = list(found)
@@ -218,7 +226,8 @@ def _reference_line(axes: Any, summary: Summary, points: Mapping[str, Mapping[st
     axes.axhline(0, color=_GREY, linewidth=1)
     arms, seeds = summary["arms"], {seed for point in points.values() for seed in point["by_seed"]}
     for rival in summary["references"][1:]:
-        standing_in = {arms[name]["against"].get(rival, rival) for name in points} & arms.keys()
+        compared = [arms[name] for name, point in points.items() if point["by_seed"]]
+        standing_in = {arm["against"].get(rival, rival) for arm in compared} & arms.keys()
         found = _minus_baseline(summary, {name: arms[name] for name in standing_in})
         same = [value for one in found.values() for seed, value in one["by_seed"].items() if seed in seeds]
         if same:

@@ -12,6 +12,7 @@ import pytest
 from megatron_graft.experiments import statistics
 from megatron_graft.experiments.comparison_details import sweeps_of
 from megatron_graft.experiments.comparison_numbers import interval, level, loss, marked, signed, with_sd
+from megatron_graft.experiments.comparison_plots import minus_stand_in
 from tests.helpers.arm_records import all_records, make_record, write_experiment, write_records
 from tools import compare_arms
 from tools.report import updated_figures
@@ -110,6 +111,16 @@ def test_values_of_a_sweep_ascend(values: list[str]) -> None:
     if values[0] != "raw":  # words stay as they come
         arms = dict(reversed(arms.items()))
     assert list(sweeps_of({"arms": arms})["one"]) == values
+
+
+def test_what_stands_in_for_the_baseline_lies_at_zero_on_a_sweeps_plot(tmp_path: Path) -> None:
+    compare(tmp_path, [make_record(arm, 1) for arm in ("none", "engram", "rows_500")])
+    summary = json.loads((tmp_path / "results" / "arms" / "summary.json").read_text())
+    arms = {name: summary["arms"][name] for name in ("rows_500", "none")}
+    found = minus_stand_in(summary, arms)
+    assert list(found) == ["rows_500", "none"] and found["none"]["mean"] == 0
+    assert found["rows_500"] == arms["rows_500"]["texts"]["heldout"]["minus"]["none"]
+    assert minus_stand_in(summary, {"none": arms["none"]}) == {}
 
 
 def test_a_readme_can_show_a_figure(tmp_path: Path) -> None:
