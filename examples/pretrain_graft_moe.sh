@@ -162,9 +162,10 @@ if [ "${DEVICE}" = cuda ]; then # written for a GPU cluster; has not been run on
     if [ -z "${LOCAL_RANK:-}" ]; then # torch counts the visible ones, nvidia-smi all
         PROCESSES="${GPUS_PER_NODE:-$(python -c 'import torch; print(torch.cuda.device_count())')}"
     fi
-    read -ra DEVICE_ARGS <<< "$(python -c '
+    FLAGS="$(python -c '
 from megatron_graft.compat.optional import cuda_flags
 print("--distributed-backend nccl --bf16", *cuda_flags())')"
+    read -ra DEVICE_ARGS <<< "${FLAGS##*$'\n'}" # the last line: an import may print others
 else
     export CUDA_VISIBLE_DEVICES= # DEVICE=cpu is asked for on machines with GPUs, too
     # Two processes of one thread beat one process of two wherever a core is shared: threads wait for each other at the

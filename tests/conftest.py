@@ -11,7 +11,7 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 
 # Set before the first `import torch` and inherited by every process a test starts.
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # ranks share the machine's few cores
-os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the tests mean the CPU, on a machine with GPUs too
+os.environ |= {"CUDA_VISIBLE_DEVICES": "", "DEVICE": "cpu"}  # what tests mean, on a machine with GPUs too
 os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")  # megatron decorates with torch.compile at import
 os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # the host's name need not resolve
 # `pytest` alone must reach the checkout from subprocesses too, as `make test` does.

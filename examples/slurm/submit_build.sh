@@ -39,6 +39,7 @@ if [ -f "$here/../../tools/build_stage.py" ] && [ -z "${GRAFT_CONTAINER:-}" ]; t
 elif [ -n "${GRAFT_CONTAINER:-}" ]; then
     read -ra more <<< "${GRAFT_CONTAINER_ARGS:-}"
     mkdir -p "$work"
+    unset PYTHONPATH
     build_stage=(apptainer exec --env PYTHONSAFEPATH=1 --bind "$PWD,$work" --pwd "$PWD" "${more[@]}" "$GRAFT_CONTAINER"
         python -m megatron_graft.tools.build_stage)
 else

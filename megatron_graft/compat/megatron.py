@@ -1,4 +1,4 @@
-"""The range of megatron-core versions that this package was built against, and two gaps in its wheel."""
+"""The range of megatron-core versions that this package was built against, and what two of its gaps need."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def use_shipped_dataset_helpers() -> None:
 
 
 def mend_help(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
-    """Escape what argparse takes for a format in help texts that it is none in: one such text ends ``--help``."""
+    """Escape the percent signs of help texts that argparse cannot format: one of Megatron's ends ``--help``."""
     for action in parser._actions:
         if isinstance(action.help, str):
             try:

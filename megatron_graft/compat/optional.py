@@ -51,6 +51,7 @@ def probe_apex() -> Probe:
 
 def probe_weight_gradient_kernel() -> Probe:
     """Look for apex's kernel that adds weight gradients up in place, which Megatron's own linear layers ask for."""
+    importlib.import_module("torch")  # whose libraries the kernel is linked to
     return _probe(_WEIGHT_GRADIENT, _WEIGHT_GRADIENT, ("wgrad_gemm_accum_fp32",))
 
 

@@ -207,7 +207,7 @@ REFUSED_WITH_TRAINED_ROWS = (
     ),
 )  # fmt: skip
 
-# What our data iterator cannot serve, with or without a memory.
+# What our data iterator or forward step cannot serve, with or without a memory.
 REFUSED_DATA = (
     Refused(
         dimension="context parallel or packed sequences, local attention with dropout", flag="--attention-dropout",
@@ -231,8 +231,8 @@ REFUSED_DATA = (
     Refused(
         dimension="overlap of the experts' communication", flag="--overlap-moe-expert-parallel-comm",
         applies=lambda args: args.overlap_moe_expert_parallel_comm,
-        why="Megatron then runs the parts of two micro-batches' layers by a plan of its own, and sites are in none of "
-        "them",
+        why="Megatron then asks the forward step for a plan of the layers' parts instead of running the model, and "
+        "sites are in none of them",
     ),
     Refused(
         dimension="other data loaders", flag="--dataloader-type",

@@ -112,7 +112,7 @@ class StageCost:
         rows: gathered from banks, in a step.
         row_bytes: that these have.
         device_bytes: copied to the device, in a step.
-        waiting_bytes: on the device, of the micro-batch in work and of those that wait, for training and validation.
+        waiting_bytes: on the device, of the micro-batches in work and of those that wait, for training and validation.
         collectives: see :class:`Collective`.
     """
 
@@ -194,9 +194,17 @@ def _chunk_cost(run: RunShape, text: TextShape, stage: int, sites: list[SitePlan
         rows=sum(rows) * run.micro_batches,
         row_bytes=gathered * run.micro_batches,
         device_bytes=content * run.micro_batches,
-        waiting_bytes=packed_bytes(layout, run.micro_batch, positions) * (1 + 2 * run.look_ahead),
+        waiting_bytes=packed_bytes(layout, run.micro_batch, positions) * _held_at_once(run),
         collectives=tuple(_collectives(run, text, sites, layout, dense, table)),
     )
+
+
+def _held_at_once(run: RunShape) -> int:
+    """Micro-batches whose memory a device holds at most: between forward and backward on the first stage, and ready.
+
+    The streams of training and of validation each have one in their thread's hands beside those that wait.
+    """
+    return min(run.pipeline, run.micro_batches) + 2 * (run.look_ahead + 1)
 
 
 def _dense_parameters(run: RunShape, site: SitePlan, partition: Partition) -> int:

@@ -43,9 +43,10 @@ done
 kept=(--nnodes=1 --nproc-per-node=2 --master-addr=127.0.0.1 "${{kept[@]}}")
 exec {sys.executable} -m torch.distributed.run "${{kept[@]}}"
 """
-# Of a container it has the environment and the working directory; the image's files are this machine's.
+# Of a container it has the environment, its own PYTHONPATH for want of one given, and the working directory.
 APPTAINER = """#!/usr/bin/env bash
 shift
+export PYTHONPATH="${PYTHONPATH:-$IMAGE}"
 while [[ "$1" == --* ]]; do
     case $1 in --env) export "$2"; shift ;; --pwd) cd "$2"; shift ;; --bind) shift ;; esac
     shift
@@ -202,9 +203,9 @@ def test_in_a_container_the_images_package_runs_not_one_in_the_working_directory
         (directory / package / "examples").mkdir(parents=True)
         (directory / package / "__init__.py").touch()
     inside = directory / "image/megatron_graft/examples/pretrain_graft_moe.sh"
-    inside.write_text(f"import megatron_graft\nassert 'image' in megatron_graft.__file__\n{WORKER}")
-    image = {"GRAFT_CONTAINER": "an.sif", "PYTHONPATH": str(directory / "image"), "PATH": f"{job['PATH']}:{TOOLS}"}
-    process = start(job | image)
+    inside.write_text(f"import megatron_graft\nassert '/image/megatron_graft/' in megatron_graft.__file__\n{WORKER}")
+    image = {"GRAFT_CONTAINER": "an.sif", "IMAGE": str(directory / "image"), "PATH": f"{job['PATH']}:{TOOLS}"}
+    process = start(job | image | {"PYTHONPATH": str(directory)})
     output = process.communicate(timeout=60)[0]
     assert process.returncode == 0, output
     assert str(inside) in (directory / "torchrun.log").read_text().splitlines()
@@ -288,3 +289,21 @@ def test_a_job_of_a_build_refuses_what_cannot_work(tmp_path: Path) -> None:
     assert code == 2 and "expected STAGE and WORK_DIR, got 1 arguments" in errors
     code, errors = call(tmp_path, "build_bank.sbatch", "encode", tmp_path / "work")
     assert code == 2 and f"{tmp_path / 'work'}/plan.json: no such file on" in errors
+
+
+def test_a_build_in_a_container_asks_the_images_package(tmp_path: Path) -> None:
+    for package, word in (("megatron_graft", "a checkout"), ("image/megatron_graft", "the image")):
+        tool = tmp_path / package / "tools/build_stage.py"
+        tool.parent.mkdir(parents=True)
+        for parent in (tool.parent, tool.parent.parent):
+            (parent / "__init__.py").touch()
+        tool.write_text(f"raise SystemExit('asked: {word}')")
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin/apptainer").write_text(APPTAINER)
+    (tmp_path / "bin/apptainer").chmod(0o755)
+    (tmp_path / "work").mkdir()
+    (tmp_path / "work/plan.json").write_text("{}")
+    image = {"GRAFT_CONTAINER": "an.sif", "IMAGE": str(tmp_path / "image"), "PYTHONPATH": str(tmp_path)}
+    for name, arguments in (("submit_build.sh", ["work"]), ("build_bank.sbatch", ["encode", "work"])):
+        code, errors = call(tmp_path, name, *arguments, **image)
+        assert code != 0 and "asked: the image" in errors and "a checkout" not in errors

@@ -59,6 +59,12 @@ def test_a_missing_file_is_named(tmp_path: Path, suffix: str) -> None:
         MegatronDocuments([prefix], split=None, vocab_size=7)
 
 
+def test_a_prefix_without_the_ending_that_preprocessing_adds_is_told_of_it(tmp_path: Path) -> None:
+    write_data_set(tmp_path / "data_text_document", [[1, 2]])
+    with pytest.raises(DataError, match=r"data\.idx: does not exist\. Did you mean \S*/data_text_document\?"):
+        MegatronDocuments([str(tmp_path / "data")], split=None, vocab_size=7)
+
+
 def test_a_truncated_data_file_is_refused(tmp_path: Path) -> None:
     prefix = write_data_set(tmp_path / "data", [[1, 2, 3, 4]])
     Path(f"{prefix}.bin").write_bytes(Path(f"{prefix}.bin").read_bytes()[:-2])
