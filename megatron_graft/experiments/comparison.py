@@ -169,10 +169,10 @@ def _arm(
 
 
 def _change(experiment: Experiment, records: Records, plan: Arm) -> dict[str, Any] | None:
-    """What the one thing did in which an arm differs from the one that it varies, on the primary text."""
+    """Loss of an arm minus that of the arm that it ``varies``, on the primary text; None if it varies none."""
     if plan.varies is None:
         return None
-    found = difference(records, plan.name, plan.varies, experiment.primary) if plan.varies in records.runs else None
+    found = difference(records, plan.name, plan.varies, experiment.primary)
     return {"arm": plan.varies, "difference": found and found.as_json()}
 
 

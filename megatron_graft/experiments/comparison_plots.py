@@ -204,7 +204,7 @@ def _minus_baseline(summary: Summary, arms: Mapping[str, Any]) -> dict[str, Any]
 
 
 def minus_stand_in(summary: Summary, arms: Mapping[str, Any]) -> dict[str, Any]:
-    """The same of a sweep on which the baseline itself may lie, or what stands in for it: at zero."""
+    """Differences of a sweep's arms to the baseline, nats per token, with the arm that stands in for it at zero."""
     baseline, found = summary["references"][0], _minus_baseline(summary, arms)
     stand_ins = {arms[name]["against"].get(baseline, baseline) for name in found}
     zero: dict[str, Any] = {"mean": 0.0, "documents": None, "by_seed": {}}

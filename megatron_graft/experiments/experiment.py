@@ -48,7 +48,7 @@ class Arm:
         label: what it is, in a few words.
         group: ``core`` (judged by the hypotheses), ``further``, ``sweep`` or ``round`` (tuning that followed a look).
         sweeps: name of each sweep that it lies on -> its value there.
-        varies: the arm that it is but for one thing, or None.
+        varies: name of the arm from which it differs in one setting, or None.
         against: stand-ins for arms that it is shown against: one of other steps is shown against others of its steps.
         bank: name of its bank, or None.
         seeds: that it is run with.
