@@ -89,7 +89,7 @@ class TestWhatIsMissing:
         monkeypatch.setattr(
             cluster.importlib.util, "find_spec", lambda name: None if name == "datatrove" else find(name)
         )
-        with pytest.raises(PlatformError, match=r"^datatrove: is not installed.*megatron-graft\[cluster\]"):
+        with pytest.raises(PlatformError, match=r"^datatrove: is not installed.*pip install datatrove"):
             run_with_datatrove(untouched, executor="datatrove-local")
 
     def test_slurm_and_its_options(self, untouched: Path, monkeypatch: pytest.MonkeyPatch) -> None:
