@@ -17,7 +17,7 @@ from megatron_graft.lookup.hashing import NgramHasher, open_hasher
 from megatron_graft.lookup.index import SuffixIndex, open_index
 from megatron_graft.memory.initialisation import BankValues
 from megatron_graft.memory.site import SiteConfig
-from megatron_graft.ngram.hashing import DIALECTS, EngramConfig, LayerHash, layer_hashes
+from megatron_graft.ngram.hashing import EngramConfig, LayerHash, layer_hashes
 from megatron_graft.training.bank_setup import check_tokenizer, checked_banks, open_run_bank, run_tokenizer
 from megatron_graft.training.settings import EngramSettings, GraftSettings
 
@@ -166,17 +166,7 @@ def _open_engram(settings: EngramSettings, tokenizer: TextTokenizer) -> RunEngra
             expected=f"0 to {tokenizer.vocab_size - 1}",
         )  # fmt: skip
     vocabulary = compress_vocabulary(tokenizer)
-    config = EngramConfig(
-        dialect=DIALECTS[settings.dialect],
-        max_order=settings.max_order,
-        heads=settings.heads,
-        vocab_sizes=settings.vocab_sizes,
-        dim=settings.dim,
-        seed=settings.seed,
-        pad_id=tokenizer.eod if settings.pad_id is None else settings.pad_id,
-        across_documents=settings.across_documents,
-        layer_ids=tuple(sorted(zip(settings.layers, settings.layer_ids, strict=True))),
-    )
+    config = settings.hashing(eod=tokenizer.eod)
     hashes = layer_hashes(config, vocabulary.size)
     rows = sum(layer.num_rows for layer in hashes.values())
     get_logger().info(

@@ -22,7 +22,7 @@ from megatron_graft.bank.reader import open_bank
 from megatron_graft.compat.megatron import require_megatron, use_shipped_dataset_helpers
 from megatron_graft.data.memory_layout import EngramReading, GraftReading, SiteReading
 from megatron_graft.errors import ConfigError
-from megatron_graft.ngram.hashing import DIALECTS, EngramConfig, layer_hashes
+from megatron_graft.ngram.hashing import layer_hashes
 from megatron_graft.training.arguments import add_graft_arguments, graft_settings
 from megatron_graft.training.run_cost import RunShape, SitePlan
 from megatron_graft.training.run_terms import BankShape
@@ -194,17 +194,7 @@ def _graft(
 
 
 def _tables(settings: EngramSettings) -> dict[int, EngramReading]:
-    config = EngramConfig(
-        dialect=DIALECTS[settings.dialect],
-        max_order=settings.max_order,
-        heads=settings.heads,
-        vocab_sizes=settings.vocab_sizes,
-        dim=settings.dim,
-        seed=settings.seed,
-        pad_id=settings.pad_id or 0,
-        across_documents=settings.across_documents,
-        layer_ids=tuple(sorted(zip(settings.layers, settings.layer_ids, strict=True))),
-    )
+    config = settings.hashing(eod=0)
     return {
         layer: EngramReading(
             num_rows=hash_.num_rows, num_heads=config.num_heads, head_dim=config.head_dim, max_order=config.max_order

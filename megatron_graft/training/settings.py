@@ -7,6 +7,7 @@ from pathlib import Path
 
 from megatron_graft.compat.parameter_groups import ROWS_RATE, SITE_RATE, TABLE_RATE, Multipliers
 from megatron_graft.errors import ConfigError
+from megatron_graft.ngram.hashing import DIALECTS, EngramConfig
 
 FROZEN = "frozen"
 MOST_AHEAD = 4  # micro-batches that wait ready, unless the user asks for more: each holds device memory
@@ -44,6 +45,20 @@ class EngramSettings:
     across_documents: bool
     lr_mult: float
     wd_mult: float
+
+    def hashing(self, eod: int) -> EngramConfig:
+        """How n-grams are hashed; the tokenizer's ``eod`` is the pad unless a flag names another."""
+        return EngramConfig(
+            dialect=DIALECTS[self.dialect],
+            max_order=self.max_order,
+            heads=self.heads,
+            vocab_sizes=self.vocab_sizes,
+            dim=self.dim,
+            seed=self.seed,
+            pad_id=eod if self.pad_id is None else self.pad_id,
+            across_documents=self.across_documents,
+            layer_ids=tuple(sorted(zip(self.layers, self.layer_ids, strict=True))),
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
