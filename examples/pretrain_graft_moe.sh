@@ -62,6 +62,7 @@ PREPARE_ARGS=(--work-dir "${WORK_DIR}")
 TOKENIZER_MODEL="${TOKENIZER_MODEL:-${WORK_DIR}/tokenizer/tokenizer.model}"
 if [ -n "${DATA_PATH:-}" ]; then
     read -ra BLEND <<< "${DATA_PATH}"
+    [ -f "${DATA_PATH}.idx" ] && BLEND=("${DATA_PATH}") # one data set, under a path with spaces
     SPLIT="${SPLIT:-969,30,1}"
     PREPARE_ARGS+=(--data-path "${BLEND[@]}" --split "${SPLIT}")
     DATA_ARGS=(--data-path "${BLEND[@]}" --split "${SPLIT}")

@@ -80,6 +80,21 @@ def make_directory(path: Path) -> None:
             ) from error
 
 
+@contextlib.contextmanager
+def alone_in(directory: Path) -> Iterator[None]:
+    """Wait until no other process is alone in a directory, made if need be; then this one is, until the block ends.
+
+    Raises:
+        StorageError: there can be no such directory, or nothing can be written into it.
+    """
+    make_directory(directory)
+    with storage_errors(directory):
+        lock = (directory / ".lock").open("w")
+    with lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
 def sync_directory(path: Path) -> None:
     """Flush a directory's entries, so that a rename inside it survives a power cut."""
     descriptor = os.open(path, os.O_RDONLY)
@@ -157,6 +172,9 @@ def directory_in_one_step(path: Path) -> Iterator[Path]:
 
     On any exception the scratch directory is removed and ``path`` is untouched. ``path`` must not exist.
     A process killed outright leaves only the scratch directory (:func:`scratch_beside`).
+
+    Raises:
+        StorageError: it cannot be written, or another process has made ``path`` in the meantime.
     """
     with storage_errors(path), scratch_beside(path) as scratch:
         yield scratch
@@ -165,5 +183,12 @@ def directory_in_one_step(path: Path) -> Iterator[Path]:
                 with file.open("rb") as stream:
                     os.fsync(stream.fileno())
         os.chmod(scratch, 0o755)
-        os.rename(scratch, path)
+        try:
+            os.rename(scratch, path)
+        except OSError as error:
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                raise
+            raise StorageError(
+                path, "was made by another process meanwhile", remedy="That one is kept; this one's is dropped."
+            ) from error
         sync_directory(path.parent)

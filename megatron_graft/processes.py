@@ -14,6 +14,11 @@ from functools import partial
 _PR_SET_PDEATHSIG = 1
 
 
+def available_processors() -> int:
+    """How many this process may run on: those of its allocation, where a batch system gave it a part of the machine."""
+    return len(os.sched_getaffinity(0))
+
+
 def run_while_alive(command: Sequence[str]) -> int:
     """Run a command that is killed when this process ends; return its exit code.
 

@@ -25,6 +25,8 @@ from megatron_graft.jobs.bank_data import named_prefixes
 from megatron_graft.jobs.build_flags import add_build_flags, control_of, parse_build_flags
 from megatron_graft.jobs.cluster import Executor, SlurmOptions, run_with_datatrove
 
+_CONTROL = ("from_bank", "control", "seed", "output")  # what --from-bank reads
+
 
 def build_parser() -> argparse.ArgumentParser:
     """The command's flags."""
@@ -72,7 +74,20 @@ def _run(flags: argparse.Namespace) -> None:
         raise ConfigError("--from-bank", "needs --control: it makes control banks only")
     if flags.output is None:
         raise ConfigError("--output", "is missing", remedy="Give the control bank's directory.")
+    _refuse_unread(flags)
     build_control(flags.from_bank, control, flags.output)
+
+
+def _refuse_unread(flags: argparse.Namespace) -> None:
+    """A control has the keys and the kind of rows of the bank that it is made from."""
+    parser = build_parser()
+    unread = [name for name, value in vars(flags).items() if name not in _CONTROL and value != parser.get_default(name)]
+    if unread:
+        raise ConfigError(
+            "--from-bank", "reads no flags that say how a bank is built",
+            got=", ".join(f"--{name.replace('_', '-')}" for name in unread),
+            expected=", ".join(f"--{name.replace('_', '-')}" for name in _CONTROL), remedy="Leave the others out.",
+        )  # fmt: skip
 
 
 def _build(flags: argparse.Namespace) -> None:

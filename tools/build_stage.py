@@ -87,7 +87,7 @@ def worker(rank: int | None, world_size: int | None, environment: Mapping[str, s
     """This worker's number and the number of workers.
 
     Raises:
-        ConfigError: only one of the two is known, or one is no number.
+        ConfigError: only one of the two is known, one is no number, or an array's numbers have gaps.
     """
     if rank is not None or world_size is not None:
         if rank is None or world_size is None:
@@ -98,7 +98,13 @@ def worker(rank: int | None, world_size: int | None, environment: Mapping[str, s
             words = [environment[number], environment[count], environment.get(first, "0")]
             if not all(word.isdecimal() for word in words):
                 raise ConfigError(f"{number}, {count}", "are no numbers", got=" ".join(words[:2]))
-            return int(words[0]) - int(words[2]), int(words[1])
+            rank, world_size = int(words[0]) - int(words[2]), int(words[1])
+            if not 0 <= rank < world_size:
+                raise ConfigError(
+                    f"{number} {words[0]}", "does not follow the others", got=f"{world_size} numbers from {words[2]}",
+                    expected="an array without gaps", remedy="Submit all of it again: what is done stays done.",
+                )  # fmt: skip
+            return rank, world_size
     return 0, 1
 
 

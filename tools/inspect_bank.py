@@ -18,7 +18,7 @@ from megatron_graft.bank.manifest import KEYS_NAME
 from megatron_graft.bank.reader import Bank, open_bank
 from megatron_graft.commands import run_command
 from megatron_graft.data.tokenizer import TextTokenizer, load_tokenizer
-from megatron_graft.errors import IdentityError
+from megatron_graft.errors import ConfigError, IdentityError
 
 LANES = 8  # places for entries in one bucket of the index
 
@@ -35,6 +35,8 @@ def main(argv: list[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
 
     def body() -> None:
+        if arguments.seed < 0:
+            raise ConfigError("--seed", "is negative", got=arguments.seed, expected="0 or more")
         bank = open_bank(arguments.bank, rows=arguments.rows)
         tokenizer = load_matching_tokenizer(arguments.tokenizer, bank) if arguments.tokenizer else None
         print_identity(bank)

@@ -226,7 +226,11 @@ def _machine(arguments: argparse.Namespace) -> Machine:
 def _bank_shape(arguments: argparse.Namespace) -> BankShape | None:
     if arguments.bank_shape is None:
         return None
-    found = re.fullmatch(r"([\d.e+]+)x(\d+(?:,\d+)*)(?::(\w+))?", arguments.bank_shape)
+    if arguments.bank_max_order < 2:
+        raise ConfigError(
+            "--bank-max-order", "is no n-gram's length", got=arguments.bank_max_order, expected="2 or more"
+        )
+    found = re.fullmatch(r"(\d+(?:\.\d*)?(?:e\+?\d+)?)x(\d+(?:,\d+)*)(?::(\w+))?", arguments.bank_shape)
     dtype = (found and found[3]) or "bfloat16"
     if found is None or dtype not in ROW_DTYPES:
         raise ConfigError(

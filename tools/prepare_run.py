@@ -7,14 +7,10 @@ bank and the stages that would have made them fall away.
 from __future__ import annotations
 
 import argparse
-import fcntl
 import json
-import os
 import re
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 if __package__ in (None, ""):  # run as a file from a checkout
@@ -25,9 +21,9 @@ from megatron_graft.commands import run_command
 from megatron_graft.data.preprocess import is_complete
 from megatron_graft.data.tokenizer import load_tokenizer
 from megatron_graft.errors import ConfigError, DataError, GraftError, IdentityError
-from megatron_graft.files import write_json_atomically
+from megatron_graft.files import alone_in, write_json_atomically
 from megatron_graft.log import format_seconds, get_logger
-from megatron_graft.processes import run_while_alive
+from megatron_graft.processes import available_processors, run_while_alive
 
 SPLITS = ("train", "heldout", "foreign")
 NO_BANK = "none"
@@ -103,7 +99,7 @@ class Preparation:
                 continue
             self._stage(f"data {split}", "preprocess_data", [
                 "--input", text, "--output-prefix", prefix, "--tokenizer-model", self.tokenizer,
-                "--workers", os.cpu_count() or 1,
+                "--workers", available_processors(),
             ])  # fmt: skip
 
     def _bank(self) -> None:
@@ -169,21 +165,12 @@ def _tool(name: str) -> list[str]:
     return [str(Path(__file__).with_name(f"{name}.py"))]
 
 
-@contextmanager
-def only_one_process(work: Path) -> Iterator[None]:
-    """Let the first process of a node (or of several on one file system) prepare, and the others wait for it."""
-    work.mkdir(parents=True, exist_ok=True)
-    with (work / ".lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
-
-
 def main(argv: list[str] | None = None) -> int:
     """Run the command; return its exit code."""
     arguments = parse_arguments(argv)
 
     def body() -> None:
-        with only_one_process(arguments.work_dir):
+        with alone_in(arguments.work_dir):  # the first process of a node, or of a file system; the others wait for it
             Preparation(arguments).run()
 
     return run_command(body)

@@ -7,7 +7,6 @@ Unlike in Megatron's tool --append-eod is the default, since n-grams stop at doc
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from pathlib import Path
 
@@ -19,6 +18,7 @@ from megatron_graft.data.preprocess import dataset_prefix, preprocess
 from megatron_graft.data.tokenizer import MEGATRON_TYPES, load_tokenizer
 from megatron_graft.data.user_files import DEFAULT_JSON_KEY
 from megatron_graft.errors import ConfigError
+from megatron_graft.processes import available_processors
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
@@ -35,7 +35,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
                         help="members to tokenise, one data set each (default: text)")  # fmt: skip
     parser.add_argument("--append-eod", action=argparse.BooleanOptionalAction, default=True,
                         help="end every document with the EOD token")  # fmt: skip
-    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, metavar="N",
+    parser.add_argument("--workers", type=int, default=available_processors(), metavar="N",
                         help="processes; the output is the same for any (default: %(default)s)")  # fmt: skip
     parser.add_argument("--log-interval", type=int, metavar="N",
                         help="documents between progress lines (default: every five seconds)")  # fmt: skip

@@ -89,7 +89,9 @@ def main(argv: list[str] | None = None) -> int:
         if arguments.run_dir is not None:
             report_run(arguments)
         if arguments.update_readme is not None:
-            readme = arguments.update_readme
+            readme: Path = arguments.update_readme
+            if not readme.is_file():
+                raise ConfigError("--update-readme", "is no file", got=readme, expected="a README with marked figures")
             text = updated_figures(readme.read_text(encoding="utf-8"), readme.parent)
             write_bytes_atomically(readme, text.encode())
 

@@ -8,7 +8,6 @@ array take a run each with --task (examples/slurm/run_arms.sbatch).
 from __future__ import annotations
 
 import argparse
-import os
 import signal
 import sys
 from pathlib import Path
@@ -23,6 +22,7 @@ from megatron_graft.experiments.prepare import prepare
 from megatron_graft.experiments.records import finished_runs
 from megatron_graft.experiments.runner import Resources, Runner
 from megatron_graft.experiments.runs import Places, PlannedRun, plan_runs
+from megatron_graft.processes import available_processors
 
 EXIT_RUNS_FAILED, EXIT_STOPPED = 1, 128 + signal.SIGTERM
 
@@ -80,7 +80,7 @@ def _print_list(runs: list[PlannedRun], places: Places, finished: set[tuple[str,
 
 
 def _resources(arguments: argparse.Namespace) -> Resources:
-    share = (os.cpu_count() or 1) // (arguments.jobs * arguments.processes)
+    share = available_processors() // (arguments.jobs * arguments.processes)
     return Resources(
         jobs=arguments.jobs,
         processes=arguments.processes,

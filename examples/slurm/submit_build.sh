@@ -48,7 +48,7 @@ fi
 
 # Two chains over one directory would do each other's tasks twice.
 label="graft build of $work"
-queued="$(squeue --user="$(id -un)" --noheader --format='%i %k' | awk -v label="$label" '{ id = $1; sub(/^[^ ]+ /, "") } $0 == label { print id; exit }')"
+queued="$(squeue --user="$(id -un)" --noheader --format='%i %k' | awk -v label="$label" '{ id = $1; sub(/^[^ ]+ /, "") } $0 == label && !n++ { print id }')"
 [ -z "$queued" ] || fail "$work: its build is in the queue already (job $queued). Wait for it, or cancel it with scancel"
 
 if [ $# -gt 0 ]; then

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from megatron_graft.building.controls import control_rows
 from megatron_graft.building.existing import existing_bank
 from megatron_graft.building.norms import LayerNorms, norm_quantiles
 from megatron_graft.building.rows import DonorStates, ProcessedLayer, process_layer
+from megatron_graft.processes import available_processors
 
 
 def assemble_bank(
@@ -86,7 +86,7 @@ def _write(
         layers=rows.layers,
         scales=rows.scales,
         row_dtype=rows.row_dtype,
-        threads=len(os.sched_getaffinity(0)),
+        threads=available_processors(),
         tokenizer=plan.tokenizer,
         donor=plan.donor,
         processing=config.processing,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -44,6 +43,7 @@ from megatron_graft.building.tasks import (
 from megatron_graft.errors import BankError
 from megatron_graft.files import scratch_prefix
 from megatron_graft.log import format_seconds, get_logger
+from megatron_graft.processes import available_processors
 
 
 def build_bank(
@@ -174,7 +174,7 @@ def build_control(source: Path, control: Control, output: Path) -> Manifest:
         layers=rows.layers,
         scales=rows.scales,
         row_dtype=rows.row_dtype,
-        threads=len(os.sched_getaffinity(0)),
+        threads=available_processors(),
         tokenizer=identity.tokenizer,
         donor=identity.donor,
         processing=identity.processing,

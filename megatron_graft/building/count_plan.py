@@ -168,9 +168,9 @@ def plan_counts(
 
     With ``weights``, as in Megatron's ``--data-path``, data set d is to be the share w_d / sum(w) of what is
     trained on, so an occurrence in it counts ``w_d / sum(w) * T / tokens_d`` times, where T is the number of all
-    tokens: in units of 1/1024, rounded to the nearest, at least one unit. ``min_count`` is compared with the sum
-    of units, and the count that is published is that sum rounded to the nearest whole number (half upwards), at
-    least 1. Without weights an occurrence counts 1.
+    tokens: in units of 1/65536, rounded to the nearest; a data set whose occurrences round to no unit is refused.
+    ``min_count`` is compared with the sum of units, and the count that is published is that sum rounded to the
+    nearest whole number (half upwards), at least 1. Without weights an occurrence counts 1.
 
     Args:
         documents: the corpus.

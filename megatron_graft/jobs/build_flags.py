@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, get_args
@@ -15,6 +14,7 @@ from megatron_graft.building.count_plan import MIN_MEMORY_BYTES
 from megatron_graft.building.donor import DonorDtype
 from megatron_graft.building.packs import DEFAULT_PACK_TOKENS
 from megatron_graft.errors import ConfigError
+from megatron_graft.processes import available_processors
 
 ALL_ROWS = "all"
 _NOT_IN_FILES = ("help", "config")
@@ -217,7 +217,7 @@ def blend(values: Sequence[str]) -> tuple[tuple[str, ...], tuple[float, ...] | N
 def _default_workers(memory_gb: float) -> int:
     """As many as there are processors, and as the memory is enough for."""
     affordable = int(memory_gb * GIB) // MIN_MEMORY_BYTES if 0 < memory_gb < float("inf") else 1
-    return max(1, min(len(os.sched_getaffinity(0)), affordable))
+    return max(1, min(available_processors(), affordable))
 
 
 def _number(value: str) -> float | None:

@@ -43,7 +43,8 @@ def records_of(directory: Path) -> list[dict[str, Any]]:
 @pytest.fixture(scope="module")
 def stopped(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The experiment, stopped when its first run had saved a checkpoint."""
-    directory = tmp_path_factory.mktemp("arms")
+    directory = tmp_path_factory.mktemp("arms") / "of my own"  # a path with spaces
+    directory.mkdir()
     process = start("run_arms", miniature(directory), "--jobs", 2, directory=directory)
     saved = directory / "runs" / "miniature" / "none-seed1" / "checkpoints" / "latest_checkpointed_iteration.txt"
     deadline = time.monotonic() + 300

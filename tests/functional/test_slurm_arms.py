@@ -18,6 +18,17 @@ pytestmark = [pytest.mark.slow, pytest.mark.functional]
 BATCH_SCRIPT = REPOSITORY / "examples/slurm/run_arms.sbatch"
 # As many as run at once: while a task of an array waits, Slurm 22.05 calls another's signal a failure and repeats it.
 RUNS = NAMES[:2]
+# Saves when it is told to stop, and ends as the real one does.
+RUNNER = """
+import os, signal, sys, time
+from pathlib import Path
+def stop(*_):
+    Path(os.environ["BEGUN"]).write_text("begun, saved")
+    sys.exit(143)
+signal.signal(signal.SIGTERM, stop)
+Path(os.environ["BEGUN"]).write_text("begun")
+time.sleep(60)
+"""
 STOPPED = 1  # the number of the task that is told to stop
 
 
@@ -34,7 +45,7 @@ def test_tasks_take_a_run_each_and_go_on_after_a_requeue(slurm: Slurm, tmp_path:
     )  # fmt: skip
     saved = runs / RUNS[STOPPED] / "checkpoints" / "latest_checkpointed_iteration.txt"
     wait_until(saved.exists, "a checkpoint of the task", 300)
-    slurm.run("scancel", "--batch", "--signal=TERM", f"{job}_{STOPPED}")  # what Slurm sends before the time limit
+    slurm.run("scancel", "--batch", "--signal=USR1", f"{job}_{STOPPED}")  # what Slurm sends before the time limit
     states = slurm.wait(job, 400)
     output = Path(f"{log}-{STOPPED}").read_text()
     assert states == ["COMPLETED"] * len(RUNS), output[-4000:]
@@ -48,3 +59,19 @@ def test_tasks_take_a_run_each_and_go_on_after_a_requeue(slurm: Slurm, tmp_path:
     for name in RUNS:
         steps = [record["iteration"] for record in read_records(runs / name)]
         assert steps[-1] == STEPS and steps == sorted(set(steps))
+
+
+def test_a_task_that_is_cancelled_stays_cancelled(slurm: Slurm, tmp_path: Path) -> None:
+    tools, begun = tmp_path / "checkout" / "tools", tmp_path / "begun"
+    tools.mkdir(parents=True)
+    (tools / "run_arms.py").write_text(RUNNER)
+    job = slurm.submit(
+        "--array=0-0", f"--output={tmp_path}/log", BATCH_SCRIPT, "arms.yaml",
+        cwd=tmp_path, PATH=f"{Path(sys.executable).parent}:/usr/local/bin:/usr/bin:/bin", 
+        GRAFT_CHECKOUT=str(tools.parent), BEGUN=str(begun),
+    )  # fmt: skip
+    wait_until(begun.exists, "the runner", 60)
+    slurm.run("scancel", job)
+    assert slurm.wait(job, 60) == ["CANCELLED"], (tmp_path / "log").read_text()
+    assert [fields["Restarts"] for fields in slurm.show(job)] == ["0"]
+    assert begun.read_text() == "begun, saved"

@@ -5,11 +5,14 @@ import fcntl
 import hashlib
 import json
 import os
+import threading
+from pathlib import Path
 
 import pytest
 
 from megatron_graft.errors import StorageError
 from megatron_graft.files import (
+    alone_in,
     canonical_json,
     directory_in_one_step,
     sha256_of_file,
@@ -92,10 +95,33 @@ def test_what_a_killed_writer_left_is_removed_by_the_next_and_what_another_has_i
 def test_a_directory_is_never_replaced(tmp_path):
     (tmp_path / "target").mkdir()
     (tmp_path / "target" / "mine").write_text("x")
-    with pytest.raises(OSError), directory_in_one_step(tmp_path / "target") as scratch:
+    made = pytest.raises(StorageError, match="target: was made by another process meanwhile")
+    with made, directory_in_one_step(tmp_path / "target") as scratch:
         (scratch / "file").write_text("y")
     assert os.listdir(tmp_path) == ["target"]
     assert os.listdir(tmp_path / "target") == ["mine"]
+
+
+def test_who_wants_to_be_alone_in_a_directory_waits(tmp_path: Path) -> None:
+    entered: list[str] = []
+
+    def second() -> None:
+        with alone_in(tmp_path / "made" / "for it"):
+            entered.append("second")
+
+    thread = threading.Thread(target=second)
+    with alone_in(tmp_path / "made" / "for it"):
+        thread.start()
+        thread.join(0.2)
+        entered.append("first")
+    thread.join(10)
+    assert entered == ["first", "second"]
+
+
+def test_nobody_is_alone_in_a_file(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(StorageError, match="is not a directory"), alone_in(tmp_path / "file" / "work"):
+        pytest.fail("it was entered")
 
 
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EIO])

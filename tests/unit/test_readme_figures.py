@@ -105,6 +105,11 @@ def test_the_command_rewrites_the_figures_in_their_form(root: Path) -> None:
     assert not figure_faults(readme.read_text(), root)
 
 
+def test_the_command_names_a_readme_that_is_not_there(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert tool.main(["--update-readme", str(root / "MISSING.md")]) == 2
+    assert "error: --update-readme: is no file" in capsys.readouterr().err
+
+
 def test_the_command_leaves_a_readme_with_a_dead_mark_alone(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
     readme = root / "README.md"
     readme.write_text(mark("hit", "1%") + mark("absent", "1"))

@@ -38,6 +38,7 @@ from megatron_graft.data.tokenizer import load_tokenizer
 from megatron_graft.errors import ConfigError, GraftError
 from megatron_graft.files import write_bytes_atomically, write_json_atomically
 from megatron_graft.log import get_logger
+from megatron_graft.processes import available_processors
 
 PARTS = ("memory", "wide", "rows")
 FEW, MANY = 10_000, 10_000_000
@@ -135,7 +136,7 @@ class Comparisons:
             path, keys=keys, layers={_LAYER: np.resize(block, (count, _ROW_WIDTH))}, tokenizer=tokenizer,
             donor=DonorIdentity(name="none", revision="00" * 32, layers=(_LAYER,), hidden_size=_ROW_WIDTH),
             processing=Processing(centred=True, normalised=True), control=None, provenance={"made_by": "the bench"},
-            threads=os.cpu_count() or 1,
+            threads=available_processors(),
         )  # fmt: skip
         return path
 

@@ -67,6 +67,11 @@ def test_the_tools_run_as_files_and_report_bad_input_in_one_line(tmp_path, tool)
     assert result.stderr.startswith("error: ") and result.stderr.count("\n") == 1
 
 
+def test_inspect_names_a_seed_that_is_none(bank, capsys):
+    assert inspect_bank.main([str(bank.path), "--seed", "-1"]) == 2
+    assert "error: --seed: is negative (got -1; expected 0 or more)" in capsys.readouterr().err
+
+
 def test_inspect_shows_identity_orders_and_keys(bank, capsys):
     assert inspect_bank.main([str(bank.path), "--keys", "2"]) == 0
     out = capsys.readouterr().out

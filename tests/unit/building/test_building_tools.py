@@ -50,6 +50,13 @@ def test_a_control_is_made_from_a_bank(arguments: list[str], tmp_path: Path) -> 
     assert found is not None and (found.kind, found.seed) == ("shuffled", 7)
 
 
+def test_a_control_is_not_told_what_it_takes_from_its_bank(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    control = ["--control", "shuffled", "--from-bank", "bank", "--output", str(tmp_path / "control")]
+    assert build_bank.main([*control, "--num-rows", "3", "--row-dtype", "int8"]) == 2
+    message = "error: --from-bank: reads no flags that say how a bank is built (got --num-rows, --row-dtype; expected"
+    assert message in capsys.readouterr().err
+
+
 def test_data_of_another_tokenizer_is_refused(
     arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -153,6 +160,12 @@ def test_a_worker_knows_its_number(environment: dict[str, str], expected: tuple[
     assert build_stage.worker(2, 3, environment) == (2, 3)
     with pytest.raises(ConfigError, match="--rank: goes with --world-size"):
         build_stage.worker(2, None, environment)
+
+
+def test_an_array_with_gaps_is_told_so() -> None:
+    environment = {"SLURM_ARRAY_TASK_ID": "7", "SLURM_ARRAY_TASK_COUNT": "2", "SLURM_ARRAY_TASK_MIN": "3"}
+    with pytest.raises(ConfigError, match="SLURM_ARRAY_TASK_ID 7: does not follow .*without gaps.*Submit all of it"):
+        build_stage.worker(None, None, environment)
 
 
 def test_a_bank_that_is_there_is_not_planned_again(

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import argparse
 import json
 import subprocess
 import sys
@@ -269,3 +270,22 @@ def test_bad_flags_are_named(flags: list[str], message: str, capsys: pytest.Capt
 @pytest.mark.parametrize(("number", "shown"), [(0, "0 B"), (999, "999 B"), (1500, "1.5 kB"), (25.9e12, "25.9 TB")])
 def test_bytes_are_shown_in_decimal_units(number: float, shown: str) -> None:
     assert shown_bytes(number) == shown
+
+
+@pytest.mark.parametrize(
+    ("shape", "max_order", "message"),
+    [
+        ("1.2.3x64", 4, "--bank-shape: is malformed .*1.2.3x64"),
+        ("1e6x64:int3", 4, "--bank-shape: is malformed"),
+        ("1e6x64", 1, "--bank-max-order: is no n-gram's length"),
+    ],
+)
+def test_a_bank_on_paper_has_a_size_and_an_order(shape: str, max_order: int, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        plan._bank_shape(argparse.Namespace(bank_shape=shape, bank_max_order=max_order))
+
+
+def test_a_bank_on_paper_is_read() -> None:
+    found = plan._bank_shape(argparse.Namespace(bank_shape="1.5e6x64,32:int8", bank_max_order=3))
+    assert found is not None
+    assert (found.num_rows, found.widths, found.row_dtype, found.max_order) == (1_500_000, (64, 32), "int8", 3)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,9 +12,11 @@ import yaml
 
 from megatron_graft.errors import ConfigError
 from megatron_graft.experiments.experiment import load_experiment
-from megatron_graft.experiments.runs import Places, flag_list, plan_runs
+from megatron_graft.experiments.programs import training_script
+from megatron_graft.experiments.runs import SCRIPT_VARIABLES, Places, flag_list, plan_runs
 
 PLACES = Places(work=Path("/w"), runs=Path("/r"), records=Path("/r/records.jsonl"))
+HYPOTHESIS = {"name": "H1", "better": "graft", "worse": "none", "claim": "it pays"}
 
 
 def small() -> dict[str, Any]:
@@ -34,7 +37,7 @@ def small() -> dict[str, Any]:
             "none": {"label": "no memory", "group": "core"},
             "graft": {"group": "core", "bank": "real", "flags": {"graft-layers": [1, 2], "train-iters": 9}},
         },
-        "hypotheses": [{"name": "H1", "better": "graft", "worse": "none", "claim": "it pays"}],
+        "hypotheses": [HYPOTHESIS],
     }
 
 
@@ -92,6 +95,28 @@ def test_flags_of_an_arm_win_and_the_seed_is_the_runs(tmp_path: Path) -> None:
     assert plan_runs(experiment)[0].environment(PLACES, processes=1, threads=2, port=6000)["GRAFT_BANK"] == "none"
 
 
+def test_what_an_arm_is_trained_with_is_the_experiments_and_not_its_callers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("ENGRAM_LAYERS", "NUM_EXPERTS", "GPUS_PER_NODE"):
+        monkeypatch.setenv(name, "2 3")
+    monkeypatch.setenv("DEVICE", "cpu")
+    run = plan_runs(load_experiment(write(tmp_path, small())))[0]
+    environment = run.environment(PLACES, processes=1, threads=2, port=6000)
+    assert not {"ENGRAM_LAYERS", "NUM_EXPERTS"} & environment.keys()
+    assert (environment["GPUS_PER_NODE"], environment["DEVICE"]) == ("1", "cpu")
+
+
+def test_all_that_the_script_reads_is_decided_or_left_to_the_caller_knowingly() -> None:
+    read = set(re.findall(r"\$\{([A-Z][A-Z_]+):?[-+?]", training_script().read_text()))
+    left = {
+        "DEVICE", "PYTHONPATH", "CUDA_DEVICE_MAX_CONNECTIONS", "MALLOC_MMAP_MAX_", "MALLOC_TRIM_THRESHOLD_",
+        "TORCH_ELASTIC_SHUTDOWN_TIMEOUT",
+    }  # fmt: skip
+    own = {"EVALUATION_DATA"}  # no variable of the environment
+    assert read - set(SCRIPT_VARIABLES) == left | own
+
+
 def test_flags_as_a_command_line() -> None:
     assert flag_list({"lr": 0.5, "swiglu": True, "layers": [2, 3]}) == ["--lr", "0.5", "--swiglu", "--layers", "2", "3"]
 
@@ -114,6 +139,16 @@ def test_flags_as_a_command_line() -> None:
         (("banks", "real", "control"), "shuffled", "banks.real.*: is neither a bank nor a control"),
         (("texts", "held_out_fraction"), "much", "texts.held_out_fraction: is of the wrong kind"),
         (("evaluation",), {"classify_by": "none"}, "evaluation.classify_by: names what is not there"),
+        (
+            ("evaluation",),
+            {"memory_off": ["heldout", "mail"]},
+            r"evaluation.memory_off\[1\]: names .*untouched, email",
+        ),
+        (("primary",), "heldut", "primary: names what is not there .*heldut.*heldout"),
+        (("arms", "graft", "against"), {"nnoe": "none", "none": "more"}, "arms.graft.against: nnoe: names what is not"),
+        (("hypotheses",), [HYPOTHESIS, HYPOTHESIS], "hypotheses: have one name .*H1"),
+        (("seeds",), [], "arms.none: has no seeds"),
+        (("banks", "shuffled", "flags"), {"num-rows": 9}, "banks.shuffled.flags: says what a control takes .*num-rows"),
     ],
 )
 def test_bad_files_are_refused_with_the_place(tmp_path: Path, place: tuple[str, ...], value: Any, message: str) -> None:

@@ -79,6 +79,15 @@ def test_a_run_that_was_begun_with_other_flags_is_not_gone_on_with(root: Path) -
     assert "exit code 3" not in output
 
 
+def test_a_run_whose_directory_cannot_be_made_stops_no_other(root: Path) -> None:
+    (root / "train.sh").write_text("exit 3\n")
+    (root / "runs").mkdir()
+    (root / "runs" / "engram-seed1").write_text("in the way")
+    output = start(root, "engram").communicate(timeout=60)[0]
+    assert "engram-seed1: is not a directory" in output and "Traceback" not in output
+    assert "engram-seed2: its training ended with exit code 3" in output
+
+
 def test_nor_is_one_whose_bank_was_made_otherwise_whatever_it_was_called(root: Path) -> None:
     (root / "train.sh").write_text("exit 3\n")
     for text in (YAML, YAML.replace("real", "genuine")):
