@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable
 
 from megatron_graft.errors import GraftError
 
 EXIT_BAD_INPUT = 2
 
 
-def without_flags(flags: Iterable[str], arguments: Sequence[str]) -> list[str]:
-    """Arguments of a command without these flags, each of which has one value."""
-    parser = argparse.ArgumentParser(allow_abbrev=False, add_help=False)
-    for flag in flags:
-        parser.add_argument(flag)
-    return parser.parse_known_args(arguments)[1]
+def without_flags(flags: Collection[str], arguments: Iterable[str]) -> list[str]:
+    """Arguments of a command that are flags with their values, without these flags and whatever values they have."""
+    kept, left_out = [], False
+    for word in arguments:
+        if word.startswith("--"):
+            left_out = word.partition("=")[0] in flags
+        if not left_out:
+            kept.append(word)
+    return kept
 
 
 def run_command(body: Callable[[], None]) -> int:

@@ -65,18 +65,23 @@ def _with(original: Callable[..., Any], multipliers: Mapping[str, Multipliers]) 
 
         config, overrides = original(args)
         own = {ParamKey(attr=attribute): _override(config, of_group) for attribute, of_group in multipliers.items()}
-        return config, {**(overrides or {}), **own}
+        return config, {**(overrides or {}), **{key: override for key, override in own.items() if override}}
 
     return get_megatron_optimizer_config
 
 
 def _override(config: Any, multipliers: Multipliers) -> Any:
+    """What differs from the run's rates, and no more.
+
+    Megatron finds a group of a checkpoint again by its rates: two groups of the same ones, of which one says so and the
+    other does not, would be taken for each other.
+    """
     from megatron.core.optimizer import ParamGroupOverride
 
     override = ParamGroupOverride()
-    if multipliers.wd is not None:
+    if multipliers.wd not in (None, 1):
         override["wd_mult"] = multipliers.wd
     for limit, value in (("max_lr", config.lr), ("min_lr", config.min_lr)):
-        if value is not None:
+        if value is not None and multipliers.lr != 1:
             override[limit] = value * multipliers.lr
     return override

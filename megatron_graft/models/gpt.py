@@ -10,9 +10,12 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
 from megatron.core.transformer.spec_utils import ModuleSpec
-from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+from megatron.core.transformer.transformer_block import (
+    LayerNormImpl,
+    TransformerBlockSubmodules,
+    get_num_layers_to_build,
+)
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 from megatron.training.models.gpt import GPTModelConfig, default_layer_spec
 
@@ -61,15 +64,12 @@ def _without_memory(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tu
 
 
 def _block_spec(config: GPTModelConfig, vp_stage: int | None) -> TransformerBlockSubmodules:
-    """One spec per layer of this stage, also for dense models, whose default is a single shared spec."""
-    transformer = config.transformer
-    return get_gpt_decoder_block_spec(
-        transformer,
-        use_transformer_engine=transformer.transformer_impl == "transformer_engine",
-        normalization=transformer.normalization,
-        qk_l2_norm=transformer.qk_l2_norm,
-        vp_stage=vp_stage,
-    )
+    """The stock spec, one per layer of this stage; that of a dense model is a single one, which its layers share."""
+    spec = default_layer_spec(config, vp_stage)
+    if isinstance(spec, TransformerBlockSubmodules):
+        return spec
+    layers = get_num_layers_to_build(config.transformer, vp_stage)
+    return TransformerBlockSubmodules(layer_specs=[spec] * layers, layer_norm=LayerNormImpl)
 
 
 def _completed(spec: LayerSpec, config: GPTModelConfig) -> LayerSpec:

@@ -103,15 +103,8 @@ def check_tokenizer(tokenizer: TextTokenizer, args: argparse.Namespace) -> None:
 
 def data_prefixes(args: argparse.Namespace) -> list[str]:
     """Every data set prefix named by the run's flags (weights of blends left out)."""
-    prefixes: list[str] = []
-    for value in (args.data_path, args.train_data_path, args.valid_data_path, args.test_data_path):
-        prefixes += [item for item in value or [] if not _is_number(item)]
-    return list(dict.fromkeys(prefixes))
+    from megatron.training.utils import get_blend_and_blend_per_split
 
-
-def _is_number(text: str) -> bool:
-    try:
-        float(text)
-    except ValueError:
-        return False
-    return True
+    whole, per_split = get_blend_and_blend_per_split(args)
+    blends = [blend for blend in (whole, *(per_split or ())) if blend]
+    return list(dict.fromkeys(prefix for prefixes, _ in blends for prefix in prefixes))

@@ -7,7 +7,10 @@ rank read the same tokens without a word between them, and a restart goes on exa
 from __future__ import annotations
 
 import argparse
+import json
+import os
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,6 +23,7 @@ from megatron.training.datasets.data_samplers import MegatronPretrainingSampler
 from megatron.training.utils import get_blend_and_blend_per_split
 
 from megatron_graft.data.look_ahead import LookAhead, MicroBatchStream
+from megatron_graft.errors import ConfigError
 
 
 class DatasetProvider:
@@ -45,9 +49,13 @@ class DatasetProvider:
         args = get_args()
         train, valid, test = build_datasets(args, num_samples)
         chunk = vp_stage or 0
+        if args.skip_train:  # Megatron's data sets then hold one evaluation
+            train, seen = None, 0
+        else:
+            seen = args.consumed_valid_samples
         return (
             self._stream(train, args.consumed_train_samples, args.micro_batch_size, chunk, counted=True),
-            self._stream(valid, args.consumed_valid_samples, args.eval_micro_batch_size, chunk, counted=False),
+            self._stream(valid, seen, args.eval_micro_batch_size, chunk, counted=False),
             self._stream(test, 0, args.eval_micro_batch_size, chunk, counted=False),
         )
 
@@ -56,14 +64,22 @@ class DatasetProvider:
     ) -> MicroBatchStream | None:
         if dataset is None:
             return None
+        workers = get_args().num_workers
         loader = torch.utils.data.DataLoader(
             dataset,
             batch_sampler=_sampler(len(dataset), consumed, micro_batch_size),
-            num_workers=get_args().num_workers,
-            persistent_workers=get_args().num_workers > 0,
+            num_workers=workers,
+            persistent_workers=workers > 0,
+            worker_init_fn=_leave_process_group if workers else None,
             pin_memory=self.pin,  # without workers, by the look-ahead's thread
+            generator=torch.Generator(),  # the workers' seed is drawn from it, and not from what dropout draws from
         )
         return self.look_ahead.stream(loader, chunk=chunk, counted=counted)
+
+
+def _leave_process_group(_worker: int) -> None:
+    """A launcher signals the group: the trainer then saves a checkpoint, for which its loaders have to live on."""
+    os.setpgid(0, 0)
 
 
 def build_datasets(args: argparse.Namespace, num_samples: Sequence[int]) -> tuple[Any, Any, Any]:
@@ -91,10 +107,24 @@ def dataset_config(args: argparse.Namespace) -> GPTDatasetConfig:
         reset_attention_mask=args.reset_attention_mask,
         eod_mask_loss=args.eod_mask_loss,
         create_attention_mask=args.create_attention_mask_in_dataloader,
+        sequences_per_dataset=_sequences_per_dataset(args.per_dataset_sequences_path),
+        object_storage_cache_path=args.object_storage_cache_path,
+        fast_cache_load=args.dataloader_fast_cache_load,
+        defer_npy_index_mmap=args.dataloader_defer_npy_index_mmap,
         inter_document_masking=args.dataloader_inter_document_masking,
         mid_level_dataset_surplus=args.mid_level_dataset_surplus,
         allow_ambiguous_pad_tokens=args.allow_ambiguous_pad_tokens,
     )
+
+
+def _sequences_per_dataset(path: str | None) -> dict[str, int] | None:
+    if path is None:
+        return None
+    try:
+        found: dict[str, int] = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError("--per-dataset-sequences-path", f"cannot be read: {error}", got=path) from error
+    return found
 
 
 def _sampler(total: int, consumed: int, micro_batch_size: int) -> MegatronPretrainingSampler:

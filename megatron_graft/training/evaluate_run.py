@@ -22,10 +22,10 @@ from megatron_graft.errors import ConfigError
 from megatron_graft.lookup.index import open_index
 from megatron_graft.memory.site import MemorySite
 from megatron_graft.training.bank_setup import check_bank_tokenizer, run_tokenizer
+from megatron_graft.training.checkpoint import checkpoint_to_load
 from megatron_graft.training.data_provider import build_datasets
 from megatron_graft.training.evaluation import Evaluator, bigram_baseline
 from megatron_graft.training.evaluation_text import EvaluationText
-from megatron_graft.training.identity import checkpoint_to_load
 from megatron_graft.training.loss_summaries import Classifier
 from megatron_graft.training.memory_setup import RunMemory
 from megatron_graft.training.other_banks import other_memories
@@ -38,10 +38,12 @@ _ONE_PROCESS = (
     "--expert-tensor-parallel-size", "1", "--context-parallel-size", "1", "--no-load-optim", "--no-load-rng",
     "--micro-batch-size", "8", "--global-batch-size", "8",
 )  # fmt: skip
-# How the layers were spread over a pipeline: nothing that could be appended would undo these.
-_OF_A_PIPELINE = (
+# What only many processes can have, and batches of other sizes: nothing that could be appended would undo these.
+_OF_MANY = (
     "--num-layers-per-virtual-pipeline-stage", "--num-virtual-stages-per-pipeline-rank",
     "--pipeline-model-parallel-layout", "--decoder-first-pipeline-num-layers", "--decoder-last-pipeline-num-layers",
+    "--tp-comm-overlap", "--hierarchical-context-parallel-sizes", "--num-distributed-optimizer-instances",
+    "--step-batch-size-schedule", "--rampup-batch-size", "--eval-micro-batch-size", "--eval-global-batch-size",
 )  # fmt: skip
 
 
@@ -77,18 +79,19 @@ def evaluate_run(
             cannot stand in the run's place, which may also be an ``IdentityError`` or a ``BankError``.
     """
     _check_names(memory_off or [], data)
-    recorded = _recorded_arguments(run_dir)
-    trained = argparse.ArgumentParser(allow_abbrev=False)
-    trained.add_argument("--global-batch-size", type=int)
-    batch = trained.parse_known_args(recorded)[0].global_batch_size
-    sys.argv = ["evaluate", *without_flags(_OF_A_PIPELINE, recorded), *_ONE_PROCESS, *extra]
+    sys.argv = ["evaluate", *without_flags(_OF_MANY, _recorded_arguments(run_dir)), *_ONE_PROCESS, *extra]
     _single_process_environment()
     args, settings, memory = parse_arguments()
     checkpoint = checkpoint_to_load(args)
     if checkpoint is None:
         raise ConfigError(f"--load {args.load}", "holds no checkpoint", remedy="Train the run first.")
-    iteration = int(checkpoint.name.removeprefix("iter_"))
-    if if_finished and iteration < args.train_iters:
+    saved = checkpoint.arguments
+    if saved is None:
+        raise ConfigError(
+            checkpoint.flag, "does not tell what it was trained with", expected="one of --ckpt-format torch_dist"
+        )  # fmt: skip
+    steps = args.train_iters or saved.train_iters  # of a run that counts samples, Megatron works them out
+    if if_finished and checkpoint.iteration < steps:
         return None
     others = other_memories(other_banks or {}, memory, settings)
     initialize_megatron()
@@ -103,18 +106,17 @@ def evaluate_run(
         others={name: other.fetcher(layout) for name, other in others.items()} if layout else {},
         classifier=_classifier(memory, classify_by, tokenizer),
     )  # fmt: skip
-    seen = iteration * batch
     return {
-        "iteration": iteration,
-        "train_iters": args.train_iters,
-        "checkpoint": str(checkpoint),
+        "iteration": checkpoint.iteration,
+        "train_iters": steps,
+        "checkpoint": str(checkpoint.path),
         "memory": getattr(args, "graft_identity", None),
         "parameters": _parameter_counts(model),
         "data": {
             name: evaluator.evaluate(name, text, memory_off=memory_off is None or name in memory_off)
             for name, text in texts.items()
         },
-        **_training_text(args, tokenizer, texts, seen),
+        **_training_text(args, tokenizer, texts, saved.consumed_train_samples),
     }
 
 

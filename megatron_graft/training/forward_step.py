@@ -68,7 +68,8 @@ class ForwardStep:
         verifier = self.verifiers[batch[CHUNK]]
         if verifier is None:
             return
-        step = get_args().curr_iteration + 1  # the steps that are done, until this one is
+        args = get_args()  # without training there is no current step
+        step = getattr(args, "curr_iteration", args.iteration) + 1  # the steps that are done, until this one is
         if verifier.is_due(step):
             verifier.check(step, batch["tokens"], *memory)
 

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import argparse
 import json
-from pathlib import Path
 from typing import Any
 
 import torch
-from megatron.core import dist_checkpointing
-from megatron.training.checkpointing import get_checkpoint_name, get_checkpoint_tracker_filename
 
 from megatron_graft.errors import IdentityError
 from megatron_graft.memory.site import SiteConfig
+from megatron_graft.training.checkpoint import Checkpoint
 from megatron_graft.training.memory_setup import RunEngram, RunMemory
 from megatron_graft.training.settings import FROZEN
 
@@ -66,21 +64,29 @@ def _engram_identity(engram: RunEngram | None) -> dict[str, Any] | None:
     }
 
 
-def check_checkpoint_identity(args: argparse.Namespace, identity: dict[str, Any] | None) -> None:
-    """Compare ``identity`` with that of the checkpoint that ``--load`` would continue, if there is one.
+def check_checkpoint_identity(
+    args: argparse.Namespace, identity: dict[str, Any] | None, checkpoint: Checkpoint | None
+) -> None:
+    """Compare ``identity`` with that of the checkpoint that the run would continue or fine-tune, if there is one.
 
     Reads the checkpoint's common part only, in every process by itself, before any collective. With
     ``--graft-adopt-checkpoint`` a difference is what is wanted: then what either side lacks is passed over.
 
     Raises:
         IdentityError: the checkpoint was trained with another memory (or with one where this run has none, or the
-            other way round).
+            other way round), or has a format that does not tell.
     """
-    directory = checkpoint_to_load(args)
-    if directory is None:
+    if checkpoint is None:
         return
-    saved_args = dist_checkpointing.load_common_state_dict(str(directory))["args"]
-    saved = getattr(saved_args, ARGUMENT, None)
+    if not checkpoint.is_distributed:
+        if identity is None:
+            return
+        raise IdentityError(
+            checkpoint.flag, f"{checkpoint.path.name} does not have the format in which a memory's identity is kept",
+            expected="one saved with --ckpt-format torch_dist",
+            remedy="Convert it: let the stock model load it (--auto-detect-ckpt-format) and save it in that format.",
+        )  # fmt: skip
+    saved = getattr(checkpoint.arguments, ARGUMENT, None)
     if saved == identity:
         return
     if args.graft_adopt_checkpoint:
@@ -89,13 +95,13 @@ def check_checkpoint_identity(args: argparse.Namespace, identity: dict[str, Any]
     adopt = "or add --graft-adopt-checkpoint to start from its other parameters"
     if saved is None or identity is None:
         raise IdentityError(
-            f"--load {args.load}", "was trained with a memory" if saved else "was trained without a memory",
+            checkpoint.flag, "was trained with a memory" if saved else "was trained without a memory",
             got=_described(saved), expected=_described(identity),
             remedy=f"Give the run the checkpoint's memory (--graft-bank, --graft-layers, --engram-layers), {adopt}.",
         )  # fmt: skip
     name = next(key for key in identity if saved.get(key) != identity[key])
     raise IdentityError(
-        f"--load {args.load}", f"was trained with other {name} of its memory", got=json.dumps(saved.get(name)),
+        checkpoint.flag, f"was trained with other {name} of its memory", got=json.dumps(saved.get(name)),
         expected=json.dumps(identity[name]),
         remedy="Point --graft-bank (and the other --graft-* and --engram-* flags, and --bank-rows) at what the "
         f"checkpoint was trained with, {adopt}.",
@@ -107,19 +113,6 @@ def _described(identity: dict[str, Any] | None) -> str:
         return "no memory"
     parts = [f"bank {digest}" for digest in identity.get("banks", [])]
     return ", ".join([*parts, *(["hashed tables"] if identity.get("engram") else [])])
-
-
-def checkpoint_to_load(args: argparse.Namespace) -> Path | None:
-    """Directory of the checkpoint that Megatron would load, or None."""
-    if args.load is None:
-        return None
-    tracker = Path(get_checkpoint_tracker_filename(args.load))
-    if not tracker.is_file():
-        return None
-    step = args.ckpt_step or tracker.read_text().strip()
-    if step == "release":
-        return Path(get_checkpoint_name(args.load, 0, release=True, return_base_dir=True))
-    return Path(get_checkpoint_name(args.load, int(step), return_base_dir=True))
 
 
 def check_same_on_all_ranks(identity: dict[str, Any] | None) -> None:

@@ -173,6 +173,35 @@ REFUSED = (
         applies=lambda args: args.ckpt_format != "torch_dist", why="only torch_dist carries the memory's identity",
     ),
     Refused(
+        dimension="non-persistent checkpoints", flag="--non-persistent-ckpt-type",
+        applies=lambda args: args.non_persistent_ckpt_type is not None,
+        why="the memory's identity is compared with that of persistent ones only",
+    ),
+    Refused(
+        dimension="layers of several kinds", flag="--heterogeneous-layers-config-path",
+        applies=lambda args: args.heterogeneous_layers_config_path or args.heterogeneous_layers_config_encoded_json,
+        why="a site is tested before an attention, which some of them may lack",
+    ),
+    Refused(
+        dimension="experimental kinds of attention", flag="--experimental-attention-variant",
+        applies=lambda args: args.experimental_attention_variant is not None, why="sites are not tested with them",
+    ),
+    Refused(
+        dimension="the local attention backend in dense Transformer Engine layers", flag="--attention-backend",
+        applies=lambda args: getattr(args.attention_backend, "name", args.attention_backend) == "local"
+        and args.transformer_impl == "transformer_engine"
+        and not args.num_experts,
+        why="Megatron puts it into a spec that all layers share, and a layer with a site has one of its own",
+        remedy="Use another backend.",
+    ),
+    Refused(
+        dimension="weights sharded over further ranks", flag="--tensor-parallel-num-weight-shards",
+        applies=lambda args: max(
+            getattr(args, name, 1) for name in ("gtp_weight_remat_size", "expert_gtp_weight_remat_size")
+        ) > 1,
+        why="sites are not sharded for it",
+    ),
+    Refused(
         dimension="layer specs of one's own", flag="--spec", applies=lambda args: args.spec is not None,
         why="sites are put into Megatron's default layer spec",
     ),
@@ -240,6 +269,14 @@ REFUSED_DATA = (
         why="the iterator is megatron-graft's own",
     ),
     Refused(
+        dimension="fill-in-the-middle data", flag="--fim-data", applies=lambda args: args.fim_data,
+        why="the memory would be that of text which the model does not read",
+    ),
+    Refused(
+        dimension="restart within the process", flag="--inprocess-restart", applies=lambda args: args.inprocess_restart,
+        why="the look-ahead is not made to be restarted", remedy="Let the launcher restart the run.",
+    ),
+    Refused(
         dimension="whole validation sets", flag="--full-validation", applies=lambda args: args.full_validation,
         why="use tools/evaluate.py for a whole held-out set",
     ),
@@ -262,11 +299,11 @@ REFUSED_DATA = (
         and (
             args.sequence_parallel
             or args.context_parallel_size > 1
-            or (args.pipeline_model_parallel_size > 1 and args.micro_batch_size > 1)
+            or (args.pipeline_model_parallel_size > 1 and max(args.micro_batch_size, args.eval_micro_batch_size) > 1)
         ),
         why="a packed micro-batch is cut otherwise than its sequences are, and pipelines pass on its unpacked shape",
         remedy="Leave it out, or --sequence-parallel and --context-parallel-size; in a pipeline use --micro-batch-size "
-        "1.",
+        "1 and --eval-micro-batch-size 1.",
     ),
     Refused(
         dimension="attention within documents, local attention", flag="--reset-attention-mask",

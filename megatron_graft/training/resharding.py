@@ -9,10 +9,8 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from megatron.core import dist_checkpointing
-
 from megatron_graft.errors import ConfigError
-from megatron_graft.training.identity import checkpoint_to_load
+from megatron_graft.training.checkpoint import Checkpoint
 
 # What a layout's optimizer state depends on unless it is fully reshardable, and the flag that sets it.
 _SIZES = {
@@ -27,17 +25,16 @@ _SIZES = {
 _WEIGHTS_ONLY = "Add --no-load-optim to start with fresh optimizer state, or keep the layout."
 
 
-def check_resharding(args: argparse.Namespace) -> None:
-    """Compare the layout of the checkpoint that ``--load`` would continue with the run's.
+def check_resharding(args: argparse.Namespace, checkpoint: Checkpoint | None) -> None:
+    """Compare the layout of the checkpoint that the run would continue with its own.
 
     Raises:
         ConfigError: the optimizer state cannot be brought from the one to the other.
     """
-    directory = checkpoint_to_load(args)
-    if directory is None or args.finetune or args.no_load_optim:
+    if checkpoint is None or checkpoint.only_weights:
         return
-    saved = dist_checkpointing.load_common_state_dict(str(directory))["args"]
-    if getattr(saved, "no_save_optim", False):
+    saved = checkpoint.arguments
+    if saved is None or getattr(saved, "no_save_optim", False):
         return  # Megatron says itself that there is nothing to load
     _check_expert_parallel(args, saved)
     check_optimizer(args, saved)

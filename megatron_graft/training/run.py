@@ -28,11 +28,13 @@ from megatron_graft.compat.rebind import rebind
 from megatron_graft.data.look_ahead import LookAhead
 from megatron_graft.data.memory_layout import MemoryLayout
 from megatron_graft.data.transfer import CudaTransfer, HostTransfer
+from megatron_graft.errors import ConfigError
 from megatron_graft.files import write_json_atomically
 from megatron_graft.log import get_logger
 from megatron_graft.models.gpt import keep_memory_from_mtp, layer_spec_factory
 from megatron_graft.models.stage import stage_layout, stage_sites
 from megatron_graft.training.arguments import add_graft_arguments, graft_settings
+from megatron_graft.training.checkpoint import checkpoint_to_load
 from megatron_graft.training.data_provider import DatasetProvider
 from megatron_graft.training.forward_step import ForwardStep
 from megatron_graft.training.identity import (
@@ -57,6 +59,7 @@ def parse_arguments() -> tuple[argparse.Namespace, GraftSettings, RunMemory | No
     Raises:
         GraftError: whatever is wrong with them, before any process group exists.
     """
+    _refuse_yaml(sys.argv)
     get_logger().info("megatron-core %s; %s", require_megatron(), describe_optional_packages())
     use_shipped_dataset_helpers()
     mend_optimizer_restart()
@@ -68,10 +71,19 @@ def parse_arguments() -> tuple[argparse.Namespace, GraftSettings, RunMemory | No
     use_multipliers(settings.multipliers)
     memory = open_run_memory(settings, args)
     identity = memory_identity(memory)
-    check_checkpoint_identity(args, identity)
-    check_resharding(args)
+    checkpoint = checkpoint_to_load(args)
+    check_checkpoint_identity(args, identity, checkpoint)
+    check_resharding(args, checkpoint)
     setattr(args, ARGUMENT, identity)
     return args, settings, memory
+
+
+def _refuse_yaml(words: Sequence[str]) -> None:
+    if any(word.partition("=")[0] == "--yaml-cfg" for word in words):
+        raise ConfigError(
+            "--yaml-cfg", "is not supported here: Megatron then drops all flags, and the memory's with them",
+            remedy="Give its settings as flags.",
+        )  # fmt: skip
 
 
 def model_config(args: argparse.Namespace, memory: RunMemory | None) -> Any:

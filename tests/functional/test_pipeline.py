@@ -252,9 +252,11 @@ def test_torchrun_starts_two_processes_and_saves(prepared: Job) -> None:
 
 
 def test_a_run_that_is_told_to_stop_saves_and_is_finished_by_the_same_call(prepared: Job) -> None:
-    """After a checkpoint, too: what saves the next one is running by then, and gets the signal as well."""
+    """After a checkpoint, too: what saves the next one is running by then, and gets the signal as well. So do the
+    processes that load data, which the last steps need."""
     steps, interval, run = 40, 5, prepared.run_directory("stopped")
     flags = ("--train-iters", steps, "--save-interval", interval, "--log-interval", 50, "--eval-interval", 1000)
+    flags += ("--num-workers", 1)
     variables = {"RUN_NAME": "stopped", "GRAFT_BANK": "work/bank"}
     tracker = run / "checkpoints" / "latest_checkpointed_iteration.txt"
     under_way = (signal.SIGTERM, tracker.is_file)

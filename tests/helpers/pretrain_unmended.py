@@ -26,7 +26,7 @@ def main() -> int:
     cpu.install()
     from megatron_graft.training import pretrain
 
-    def nothing(given: Any) -> Any:
+    def nothing(given: Any, *_: Any) -> Any:
         return given
 
     setattr(importlib.import_module(module), name, nothing)

@@ -32,7 +32,10 @@ MEGATRON_DEFAULTS: dict[str, Any] = {
     "tensor_model_parallel_size": 1, "sequence_parallel": False, "virtual_pipeline_model_parallel_size": None,
     "num_experts": None, "expert_tensor_parallel_size": None, "mtp_num_layers": None, "cuda_graph_impl": "none",
     "use_megatron_fsdp": False, "use_torch_fsdp2": False, "fp16": False, "ckpt_format": "torch_dist", "spec": None,
-    "pipeline_model_parallel_size": 1, "micro_batch_size": 1,
+    "pipeline_model_parallel_size": 1, "micro_batch_size": 1, "eval_micro_batch_size": 1,
+    "non_persistent_ckpt_type": None, "heterogeneous_layers_config_path": None,
+    "heterogeneous_layers_config_encoded_json": None, "experimental_attention_variant": None,
+    "attention_backend": "auto", "fim_data": False, "inprocess_restart": False,
     "optimizer": "adam", "use_mup": False, "optimizer_cpu_offload": False, "finetune": False, "no_load_optim": None,
 }  # fmt: skip
 
