@@ -123,7 +123,7 @@ class LookAhead:
             return None
         ticket, fetched = prepared
         started = time.perf_counter()
-        packed = self.transfer.finish(ticket)
+        packed = self.transfer.finish(ticket, counted=batch[COUNTED])
         if batch[COUNTED]:
             self.statistics.stall_seconds += time.perf_counter() - started
         return packed, fetched.memory.exchange

@@ -20,12 +20,17 @@ class Transfer(Protocol):
         """Begin to bring ``memory.packed`` to the device; return a ticket for :meth:`finish`."""
         ...
 
-    def finish(self, ticket: Any) -> torch.Tensor:
-        """The device's packed tensor, safe to use on the current stream; may wait for the copy to end."""
+    def finish(self, ticket: Any, *, counted: bool) -> torch.Tensor:
+        """The device's packed tensor, safe to use on the current stream; may wait for the copy to end.
+
+        Args:
+            ticket: what :meth:`start` gave.
+            counted: whether a wait of the device is to be told by :meth:`drain_stall_seconds`.
+        """
         ...
 
     def drain_stall_seconds(self) -> float:
-        """Time that the device has waited for copies since the last call, beyond what :meth:`finish` took."""
+        """Time that the device has waited for counted copies since the last call, beyond what :meth:`finish` took."""
         ...
 
 
@@ -36,7 +41,7 @@ class HostTransfer:
         """Return the packed tensor itself."""
         return memory.packed
 
-    def finish(self, ticket: torch.Tensor) -> torch.Tensor:
+    def finish(self, ticket: torch.Tensor, *, counted: bool) -> torch.Tensor:
         """Return the packed tensor itself."""
         return ticket
 
@@ -68,7 +73,7 @@ class CudaTransfer:
             done.record(self.stream)
         return on_device, done
 
-    def finish(self, ticket: tuple[torch.Tensor, torch.cuda.Event]) -> torch.Tensor:
+    def finish(self, ticket: tuple[torch.Tensor, torch.cuda.Event], *, counted: bool) -> torch.Tensor:
         """Order the current stream behind the copy and keep the allocator from reusing the tensor too early."""
         on_device, done = ticket
         current = torch.cuda.current_stream(self.device)
@@ -76,7 +81,8 @@ class CudaTransfer:
         before.record(current)
         current.wait_event(done)
         after.record(current)
-        self._waits.append((before, after))
+        if counted:
+            self._waits.append((before, after))
         on_device.record_stream(current)
         return on_device
 

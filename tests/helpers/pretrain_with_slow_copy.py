@@ -41,7 +41,7 @@ class SlowTransfer:
         self._orders.put((memory, on_device, done))
         return on_device, done
 
-    def finish(self, ticket: Any) -> Any:
+    def finish(self, ticket: Any, *, counted: bool) -> Any:
         on_device, done = ticket
         done.wait()
         with self._lock:
