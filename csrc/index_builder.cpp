@@ -44,7 +44,8 @@ void check_keys(const KeyTable& keys, std::uint64_t vocab_size, const ThreadPool
                                     " ids, which is not from 1 to 2^20");
     }
     if (keys.rows() > kMaxNodes) {
-        throw std::length_error("rows exceed 2^32 - 1");
+        throw std::length_error(std::to_string(keys.rows()) + " keys are more than the " +
+                                std::to_string(kMaxNodes) + " that an index can have: it needs fewer");
     }
     pool.for_ranges(keys.rows(), 1U << 16U, [&](std::size_t begin, std::size_t end) {
         for (std::size_t row = begin; row < end; ++row) {
@@ -285,8 +286,10 @@ class Builder {
             }
             level.buckets += level.buckets / 4 + 1;
             if (level.buckets > most) {
-                throw std::length_error("keys of order " + std::to_string(level.order) +
-                                        " collide too often");
+                throw std::length_error("the " + std::to_string(level.entries) + " suffixes of order " +
+                                        std::to_string(level.order) + " collide too often for " +
+                                        std::to_string(most) +
+                                        " buckets, the most that so many may have: leave some keys out");
             }
         }
     }
@@ -310,7 +313,9 @@ class Builder {
 
     void advance(std::uint64_t entries) {
         done_ += entries;
-        if (options_.progress) {
+        // A build that started again tells nothing until it has come further than before.
+        if (options_.progress && done_ > told_) {
+            told_ = done_;
             options_.progress(done_, total_);
         }
     }
@@ -323,6 +328,7 @@ class Builder {
     std::array<std::uint64_t, kMaxOrder + 1> keys_by_order_{};
     std::uint64_t total_ = 0;
     std::uint64_t done_ = 0;
+    std::uint64_t told_ = 0;
     unsigned id_bits_ = 0;
     unsigned key_bits_ = 0;
     std::vector<std::uint32_t> parents_;

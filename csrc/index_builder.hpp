@@ -27,7 +27,8 @@ struct KeyTable {
 
 struct BuildOptions {
     unsigned threads = 1;
-    // For the entries being sorted. 8 bytes a key come on top, and the file's own pages, which the kernel may
+    // For the entries being sorted: about so much, and at least what all keys with one suffix take, since
+    // they are sorted together. 8 bytes a key come on top, and the file's own pages, which the kernel may
     // write out at any time. The bytes of the file do not depend on it, nor on the threads.
     std::uint64_t memory_bytes = 1ULL << 30U;
     // Told how many of `total` entries are done; called by the caller's thread only.

@@ -76,7 +76,7 @@ void LevelCollector::scatter(std::uint64_t part, std::uint64_t parts) {
         }
         slices_[slice].end = next;
     }
-    entries_.resize(next);
+    resize_anew(entries_, next);
     for_blocks([&](std::size_t row, std::uint64_t mixed, std::size_t& place) {
         const bool goes_on = keys_.orders[row] > order_;
         entries_[place++] = {mixed << 1U | std::uint64_t{goes_on}, static_cast<std::uint32_t>(row), 0};
@@ -135,9 +135,12 @@ void LevelCollector::number(std::uint64_t first_phantom, std::span<std::uint32_t
         phantoms_ += slices_[index].phantoms;
     }
     if (first_phantom + phantoms_ > kMaxNodes) {
-        throw std::length_error("rows and phantoms exceed 2^32 - 1");
+        throw std::length_error("suffixes of order " + std::to_string(order_) +
+                                " bring rows and phantoms to " + std::to_string(first_phantom + phantoms_) +
+                                ", an index has at most " + std::to_string(kMaxNodes) +
+                                " of both: it needs fewer or shorter keys");
     }
-    nodes_.resize(nodes);
+    resize_anew(nodes_, nodes);
     pool_.for_ranges(slices_.size(), 1, [&](std::size_t begin, std::size_t end) {
         for (std::size_t index = begin; index < end; ++index) {
             number_slice(slices_[index], first_node[index], first_id[index], children);

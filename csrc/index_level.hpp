@@ -21,6 +21,16 @@ struct LevelNode {
     std::uint32_t has_child;  // 0 or 1
 };
 
+// Gives a vector that many elements, whatever they are. One that has to grow is emptied first: the old
+// elements are of no use, and would be in memory a second time while they are copied.
+template <typename Vector>
+void resize_anew(Vector& elements, std::size_t size) {
+    if (size > elements.capacity()) {
+        elements = Vector();
+    }
+    elements.resize(size);
+}
+
 // What the keys say about one order, collected a share of the mixed keys at a time so that memory is bounded.
 class LevelCollector {
   public:

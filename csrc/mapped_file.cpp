@@ -155,14 +155,16 @@ std::span<std::byte> SectionFile::section(std::size_t offset, std::size_t size) 
     if (error != 0) {
         fail(path_, "has no space for " + std::to_string(size) + " bytes more", error);
     }
-    void* const address =
-        ::mmap(nullptr, size, PROT_READ | PROT_WRITE, MAP_SHARED, descriptor_, static_cast<off_t>(offset));
+    // A mapping starts on a page, whose size is the machine's and not the format's.
+    const std::size_t lead = offset % static_cast<std::size_t>(::sysconf(_SC_PAGESIZE));
+    void* const address = ::mmap(nullptr, lead + size, PROT_READ | PROT_WRITE, MAP_SHARED, descriptor_,
+                                 static_cast<off_t>(offset - lead));
     if (address == MAP_FAILED) {
         fail(path_, "cannot be mapped");
     }
-    data_ = static_cast<std::byte*>(address);
-    size_ = size;
-    return {data_, size_};
+    mapping_ = static_cast<std::byte*>(address);
+    mapped_bytes_ = lead + size;
+    return {mapping_ + lead, size};
 }
 
 void SectionFile::keep(std::size_t size) {
@@ -174,11 +176,11 @@ void SectionFile::keep(std::size_t size) {
 }
 
 void SectionFile::release() {
-    if (data_ != nullptr) {
-        ::munmap(data_, size_);
+    if (mapping_ != nullptr) {
+        ::munmap(mapping_, mapped_bytes_);
     }
-    data_ = nullptr;
-    size_ = 0;
+    mapping_ = nullptr;
+    mapped_bytes_ = 0;
 }
 
 }  // namespace megatron_graft

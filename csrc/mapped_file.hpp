@@ -43,8 +43,7 @@ class SectionFile {
     SectionFile& operator=(const SectionFile&) = delete;
 
     // The bytes [offset, offset + size) of the file, zero where nothing was written yet; the section asked
-    // for before is given back. `offset` is a multiple of the page size. Throws std::system_error if there is
-    // no space.
+    // for before is given back. Throws std::system_error if there is no space.
     [[nodiscard]] std::span<std::byte> section(std::size_t offset, std::size_t size);
 
     // Cuts the file to `size` bytes and lets it stay.
@@ -56,8 +55,8 @@ class SectionFile {
     std::filesystem::path path_;
     int descriptor_;
     bool kept_ = false;
-    std::byte* data_ = nullptr;
-    std::size_t size_ = 0;
+    std::byte* mapping_ = nullptr;  // from the start of the page in which the section begins
+    std::size_t mapped_bytes_ = 0;
 };
 
 }  // namespace megatron_graft

@@ -229,7 +229,8 @@ TEST("keys that no number of buckets can part are refused and leave no file") {
         keys.add(unmixed_pair(mixed));
     }
     const ScratchDirectory scratch;
-    CHECK_THROWS(std::length_error, write_index(scratch / "index", keys, kLargestVocabulary), "collide");
+    CHECK_THROWS(std::length_error, write_index(scratch / "index", keys, kLargestVocabulary),
+                 "the 400 suffixes of order 2 collide too often for 1048576 buckets");
     CHECK(!std::filesystem::exists(scratch / "index"));
 }
 
@@ -325,17 +326,24 @@ TEST("a file that exists and a directory that does not are refused and left alon
     CHECK_THROWS(std::system_error, write_index(scratch / "missing/index", keys, 4), "missing");
 }
 
-TEST("progress rises to its total in the caller's thread") {
+TEST("progress rises to its total, also where ids are widened under way") {
     Random random(34);
-    const TestBank bank = make_bank(random, 1, 2000);
-    std::vector<std::pair<std::uint64_t, std::uint64_t>> told;
-    BuildOptions options{2, std::uint64_t{1} << 12U, {}};
-    options.progress = [&](std::uint64_t done, std::uint64_t total) { told.push_back({done, total}); };
-    build_bytes(bank.keys, bank.vocab_size, options);
-    CHECK(told.size() > 2);
-    CHECK(std::is_sorted(told.begin(), told.end()));
-    CHECK_EQUAL(told.back().first, told.back().second);
-    CHECK_EQUAL(told.front().second, told.back().second);
+    const TestBank closed = make_bank(random, 1, 2000);
+    TestBank widening{"more phantoms than rows", 3, {}};
+    while (widening.keys.size() < 578) {
+        widening.keys.add(random_key(random, 3, 8));
+    }
+    CHECK(widening.keys.phantoms() > widening.keys.size());
+    for (const TestBank& bank : {closed, widening}) {
+        std::vector<std::pair<std::uint64_t, std::uint64_t>> told;
+        BuildOptions options{2, std::uint64_t{1} << 12U, {}};
+        options.progress = [&](std::uint64_t done, std::uint64_t total) { told.push_back({done, total}); };
+        build_bytes(bank.keys, bank.vocab_size, options);
+        CHECK(told.size() > 2);
+        CHECK_FOR(std::is_sorted(told.begin(), told.end()), bank.shape);
+        CHECK_EQUAL(told.back().first, told.back().second);
+        CHECK_EQUAL(told.front().second, told.back().second);
+    }
 }
 
 TEST("a progress callback that throws ends the build and leaves no file") {

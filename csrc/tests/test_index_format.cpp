@@ -1,5 +1,7 @@
 // The header of an index: what is written is read again, and nothing else is.
+#include <algorithm>
 #include <array>
+#include <ranges>
 #include <string>
 #include <utility>
 #include <vector>
@@ -9,6 +11,7 @@
 #include "checked.hpp"
 #include "header_bytes.hpp"
 #include "index_format.hpp"
+#include "mixed_key.hpp"
 
 namespace megatron_graft::testing {
 namespace {
@@ -202,15 +205,35 @@ TEST("a header that was read does not depend on bytes behind it") {
     CHECK_EQUAL(parse_index_header(std::as_const(file).bytes()).rows, 5U);
 }
 
+// The least mixed key whose home is `home` or behind it.
+std::uint64_t first_at_home(std::uint64_t home, unsigned key_bits, std::uint64_t buckets) {
+    const auto keys = std::views::iota(std::uint64_t{0}, std::uint64_t{1} << key_bits);
+    return *std::ranges::partition_point(
+        keys, [&](std::uint64_t mixed) { return home_bucket(mixed, key_bits, buckets) < home; });
+}
+
 TEST("remainders are called exact only where no two keys share home and remainder") {
-    // Small enough to go through all keys: the condition may be stricter than needed, never laxer.
-    for (unsigned key_bits = 27; key_bits <= 29; ++key_bits) {
-        std::uint64_t least = 1;
-        while (!remainder_is_exact(least, key_bits)) {
-            ++least;
+    // Few enough homes to measure the interval of keys that each owns.
+    for (unsigned key_bits = 27; key_bits <= 31; ++key_bits) {
+        const std::uint64_t needed = 1ULL << (key_bits - kRemainderBits);
+        std::uint64_t least = 0;
+        for (std::uint64_t buckets = 1; buckets <= needed + 2; ++buckets) {
+            if (!remainder_is_exact(buckets, key_bits)) {
+                continue;
+            }
+            least = least == 0 ? buckets : least;
+            std::uint64_t begin = 0;
+            for (std::uint64_t home = 1; home <= buckets; ++home) {
+                const std::uint64_t end =
+                    home == buckets ? 1ULL << key_bits : first_at_home(home, key_bits, buckets);
+                CHECK_FOR(end - begin <= 1ULL << kRemainderBits, std::to_string(key_bits) + " bits, home " +
+                                                                     std::to_string(home - 1) + " of " +
+                                                                     std::to_string(buckets));
+                begin = end;
+            }
         }
-        CHECK(least >= 1ULL << (key_bits - kRemainderBits));
-        CHECK(least <= (1ULL << (key_bits - kRemainderBits)) + 1);
+        // The condition may be a little stricter than needed.
+        CHECK(least >= needed && least <= needed + 1);
     }
     for (unsigned key_bits = 32; key_bits <= 52; ++key_bits) {
         const std::uint64_t needed = 1ULL << (key_bits - kRemainderBits);

@@ -141,6 +141,25 @@ TEST("a section asked for again holds what was written, grown or not") {
     CHECK(file.section(4096, 5000)[3] == std::byte{9});
 }
 
+TEST("a section may begin anywhere in a page, and spares what is before and behind it") {
+    const ScratchDirectory scratch;
+    constexpr std::size_t kBegin = 4096 + 64;
+    constexpr std::size_t kSize = 9000;
+    {
+        SectionFile file(scratch / "file");
+        std::ranges::fill(file.section(0, 20'000), std::byte{1});
+        const auto inner = file.section(kBegin, kSize);
+        CHECK_EQUAL(inner.size(), kSize);
+        std::ranges::fill(inner, std::byte{2});
+        file.keep(20'000);
+    }
+    const AlignedBytes content = read_file(scratch / "file");
+    for (std::size_t index = 0; index < content.bytes().size(); ++index) {
+        const bool inside = index >= kBegin && index < kBegin + kSize;
+        CHECK(content.bytes()[index] == (inside ? std::byte{2} : std::byte{1}));
+    }
+}
+
 TEST("a file that is not kept is removed, and one that exists is never written to") {
     const ScratchDirectory scratch;
     {
