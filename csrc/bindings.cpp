@@ -3,7 +3,7 @@
 // Arrays are taken as they are: no argument is ever converted or copied to fit (noconvert, no forcecast), and
 // shape and writability are checked before a pointer leaves this file. The GIL is released around
 // whatever takes long. std::invalid_argument, std::length_error and FormatError become ValueError,
-// std::out_of_range IndexError, std::system_error OSError.
+// std::out_of_range IndexError, ThreadsNotStarted ConfigError, any other std::system_error OSError.
 
 #include "bindings.hpp"
 
@@ -61,7 +61,7 @@ using megatron_graft::writable_view;
 constexpr int kInterfaceVersion = 4;
 
 Pages pages_named(const std::string& name) {
-    require(name == "file" || name == "huge", "there are no pages " + name);
+    require(name == "file" || name == "huge", "there are no pages " + name + ", expected file or huge");
     return name == "huge" ? Pages::kHuge : Pages::kFile;
 }
 
@@ -328,6 +328,16 @@ void define_index(py::module_& module) {
     index.def_property_readonly("header", &MappedIndex::header);
 }
 
+// Pools are made wherever threads are first wanted, so it is here and not in every caller that this becomes
+// the package's own error.
+void set_config_error(const megatron_graft::ThreadsNotStarted& error) {
+    const py::object kind = py::module_::import("megatron_graft.errors").attr("ConfigError");
+    py::set_error(
+        kind, kind("threads", "cannot be started: " + error.code().message(), py::arg("got") = error.threads,
+                   py::arg("remedy") = "Ask for fewer threads, or raise the limit on processes "
+                                       "(ulimit -u, pids.max of the cgroup) or on memory."));
+}
+
 void define_errors() {
     py::register_exception_translator([](std::exception_ptr pointer) {
         try {
@@ -336,6 +346,8 @@ void define_errors() {
             }
         } catch (const megatron_graft::FormatError& error) {
             py::set_error(PyExc_ValueError, error.what());
+        } catch (const megatron_graft::ThreadsNotStarted& error) {
+            set_config_error(error);
         } catch (const std::system_error& error) {
             py::set_error(PyExc_OSError, py::make_tuple(error.code().value(), error.what()));
         }

@@ -42,7 +42,8 @@ Body body_named(std::string_view name) {
             return body;
         }
     }
-    throw std::invalid_argument("there is no body " + std::string(name));
+    throw std::invalid_argument("there is no body " + std::string(name) +
+                                ", expected auto, plain, portable, avx2 or avx512");
 }
 
 }  // namespace megatron_graft

@@ -186,8 +186,13 @@ ThreadPool::ThreadPool(unsigned threads) : threads_(threads) {
         throw std::invalid_argument("threads is " + std::to_string(threads) + ", expected 1 to " +
                                     std::to_string(kMaxThreads));
     }
-    if (threads > 1) {
+    if (threads == 1) {
+        return;
+    }
+    try {
         crew_ = std::make_unique<Crew>(threads - 1);
+    } catch (const std::system_error& error) {
+        throw ThreadsNotStarted(threads, error.code());
     }
 }
 

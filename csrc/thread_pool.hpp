@@ -9,15 +9,26 @@
 #include <cstddef>
 #include <functional>
 #include <memory>
+#include <string>
+#include <system_error>
 
 namespace megatron_graft {
+
+// The system starts no more threads: a limit on processes, or on memory for their stacks. code() says which.
+class ThreadsNotStarted : public std::system_error {
+  public:
+    ThreadsNotStarted(unsigned wanted, std::error_code reason)
+        : std::system_error(reason, "threads: " + std::to_string(wanted) + " cannot be started"),
+          threads(wanted) {}
+    unsigned threads;
+};
 
 class ThreadPool {
   public:
     static constexpr unsigned kMaxThreads = 1024;
 
     // `threads` counts the caller: threads - 1 workers are started, with all asynchronous signals blocked.
-    // Throws std::invalid_argument unless 1 <= threads <= kMaxThreads, std::system_error if one cannot start.
+    // Throws std::invalid_argument unless 1 <= threads <= kMaxThreads, ThreadsNotStarted if one cannot start.
     explicit ThreadPool(unsigned threads);
     ~ThreadPool();
     ThreadPool(const ThreadPool&) = delete;

@@ -235,6 +235,26 @@ TEST("workers leave signals to the threads that were there before") {
     CHECK_EQUAL(sigismember(&blocked, SIGTERM), 0);
 }
 
+TEST("threads that the system does not start are an error that says how many were wanted") {
+    pthread_attr_t usual;
+    CHECK_EQUAL(pthread_getattr_default_np(&usual), 0);
+    pthread_attr_t huge;
+    CHECK_EQUAL(pthread_getattr_default_np(&huge), 0);
+    // A stack larger than what a process can address.
+    CHECK_EQUAL(pthread_attr_setstacksize(&huge, std::size_t{1} << 60U), 0);
+    CHECK_EQUAL(pthread_setattr_default_np(&huge), 0);
+    try {
+        CHECK_THROWS(ThreadsNotStarted, ThreadPool(7), "threads: 7 cannot be started: ");
+        CHECK_THROWS(ThreadsNotStarted, shared_pool(9), "threads: 9 cannot be started: ");
+        CHECK_EQUAL(ThreadPool(1).threads(), 1U);
+    } catch (...) {
+        pthread_setattr_default_np(&usual);
+        throw;
+    }
+    CHECK_EQUAL(pthread_setattr_default_np(&usual), 0);
+    CHECK_EQUAL(shared_pool(9).threads(), 9U);
+}
+
 TEST("numbers of threads that make no pool are refused") {
     CHECK_THROWS(std::invalid_argument, ThreadPool(0), "threads is 0, expected 1 to 1024");
     CHECK_THROWS(std::invalid_argument, ThreadPool(1025), "threads is 1025");

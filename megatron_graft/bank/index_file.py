@@ -21,6 +21,7 @@ from megatron_graft.files import sha256_of_file
 from megatron_graft.log import Progress
 
 _MEMORY_BYTES = 1 << 30
+_OTHER_KEYS = "Name each key once; where they are too many, keep fewer: a higher --min-count, a smaller --num-rows."
 
 
 def build_index_file(
@@ -39,6 +40,7 @@ def build_index_file(
 
     Raises:
         BankFormatError: the same key is there twice, or there are too many.
+        ConfigError: so many threads cannot be started.
         NativeExtensionError: the extension is not built.
     """
     progress = Progress(f"index {where}", len(keys.key_orders), "entries")
@@ -61,7 +63,7 @@ def build_index_file(
             report,
         )
     except ValueError as error:
-        raise BankFormatError(where, str(error)) from error
+        raise BankFormatError(where, str(error), remedy=_OTHER_KEYS) from error
     size, digest = path.stat().st_size, sha256_of_file(path)
     return IndexFile(name=INDEX_NAME, bytes=size, sha256=digest, phantoms=built["phantoms"])
 
@@ -118,6 +120,7 @@ class KeyFinder:
 
     Raises:
         BankFormatError: the file is malformed. ``NativeExtensionError`` if the extension is not built.
+        ConfigError: so many threads cannot be started.
     """
 
     def __init__(self, path: Path, num_rows: int, threads: int) -> None:

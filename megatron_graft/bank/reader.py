@@ -114,6 +114,7 @@ class Bank:
         Raises:
             ArrayError: a wrong dtype, shape or layout, columns that a row does not have, or a row number that the bank
                 does not have.
+            ConfigError: the bank's threads cannot be started.
             NativeExtensionError: the extension is not built and the bank was not opened with
                 ``gather="reference"``.
         """

@@ -76,7 +76,7 @@ def write_bank(
     Raises:
         BankError: ``path`` exists, or the keys or rows are at odds with one another or with the identity.
         ArrayError: an array has the wrong dtype, shape or layout.
-        ConfigError: ``row_dtype``, ``shard_rows`` or ``threads`` is out of range.
+        ConfigError: ``row_dtype``, ``shard_rows`` or ``threads`` is out of range, or so many cannot be started.
         StorageError: the file system refused the write. Nothing is left behind.
         NativeExtensionError: the extension is not built.
     """

@@ -120,12 +120,9 @@ class NativeHasher:
         pad = int(compressed_ids[config.pad_id])
         ids = np.ascontiguousarray(compressed_ids, dtype=np.int32)
         reset = None if config.across_documents else eod
-        try:
-            self._hasher = load_extension().NgramHasher(
-                ids, layer.multipliers, layer.primes, layer.offsets, pad, reset, threads
-            )
-        except OSError as error:
-            raise ConfigError("hashing", f"cannot be had as asked: {error}", got=f"threads={threads}") from error
+        self._hasher = load_extension().NgramHasher(
+            ids, layer.multipliers, layer.primes, layer.offsets, pad, reset, threads
+        )
 
     def rows(self, tokens_BS: np.ndarray, *, rows_out: np.ndarray | None = None) -> np.ndarray:
         """See :meth:`NgramHasher.rows`."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import tracemalloc
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -16,6 +15,7 @@ from megatron_graft.errors import ConfigError, GraftError
 from megatron_graft.lookup.hashing import NgramHasher, open_hasher
 from megatron_graft.ngram.hashing import layer_hashes
 from tests.helpers.engram_cases import Case, engram_config, random_case
+from tests.helpers.forked import check_in_fork
 from tests.helpers.threads import others_run_during
 
 EOD = 1
@@ -250,10 +250,7 @@ def test_a_forked_child_hashes_with_threads_of_its_own() -> None:
     case = random_case(3, max_order=3, across_documents=False, length=20_000)
     hasher = hasher_of(case, 4, "native", threads=2)
     expected = hasher.rows(case.tokens_BS)
-    child = os.fork()
-    if child == 0:
-        os._exit(0 if (hasher.rows(case.tokens_BS) == expected).all() else 1)
-    assert os.waitpid(child, 0)[1] == 0
+    check_in_fork(lambda: np.testing.assert_array_equal(hasher.rows(case.tokens_BS), expected))
 
 
 def test_threads_may_hash_at_once() -> None:
