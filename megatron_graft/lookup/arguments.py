@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 
-from megatron_graft.bank.arrays import check_array, check_no_overlap
+from megatron_graft.bank.arrays import ArrayError, check_array, check_no_overlap
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,14 +50,36 @@ def check_arguments(
     )
 
 
+class IndexState(Protocol):
+    """What the checks want to know of a lookup's state."""
+
+    @property
+    def index(self) -> object:
+        """The index that started it."""
+        ...
+
+    @property
+    def sequences(self) -> int:
+        """B."""
+        ...
+
+
 def check_step_arguments(
-    sequences: int, tokens_B: np.ndarray, rows_out: np.ndarray | None, orders_out: np.ndarray | None
+    index: object,
+    state: IndexState,
+    tokens_B: np.ndarray,
+    rows_out: np.ndarray | None,
+    orders_out: np.ndarray | None,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Check the arrays of one step of ``sequences`` sequences; return its outputs, allocated if not given.
+    """Check state and arrays of one step of ``index``; return its outputs, allocated if not given.
 
     Raises:
-        ArrayError: an array has the wrong dtype, shape or layout, or an output overlaps another array.
+        ArrayError: the state is of another index, an array has the wrong dtype, shape or layout, or an output overlaps
+            another array.
     """
+    if state.index is not index:
+        raise ArrayError("state", "was started by another index", remedy="Pass one that start() of this index gave.")
+    sequences = state.sequences
     check_array("tokens_B", tokens_B, dtypes=[np.int32, np.int64], shape=(sequences,))
     rows_B = np.empty(sequences, dtype=np.int64) if rows_out is None else rows_out
     orders_B = np.empty(sequences, dtype=np.uint8) if orders_out is None else orders_out
@@ -66,3 +89,12 @@ def check_step_arguments(
         check_no_overlap(name, array, "tokens_B", tokens_B)
     check_no_overlap("orders_out", orders_B, "rows_out", rows_B)
     return rows_B, orders_B
+
+
+def check_parents(parents_B: np.ndarray) -> np.ndarray:
+    """Check the numbers of sequences that a state is reordered by; return them as int64.
+
+    Raises:
+        ArrayError: they have the wrong dtype, shape or layout.
+    """
+    return check_array("parents_B", parents_B, dtypes=[np.int32, np.int64], shape=(None,)).astype(np.int64)

@@ -28,8 +28,12 @@ class SuffixState(Protocol):
     def reorder(self, parents_B: np.ndarray) -> None:
         """Let sequence i become what sequence ``parents_B[i]`` was (beam search); B may change.
 
+        Args:
+            parents_B: int32 or int64 ``[B]``, for the new B.
+
         Raises:
             IndexError: there is no such sequence; nothing has changed then.
+            ArrayError: the array has the wrong dtype, shape or layout.
         """
         ...
 
@@ -94,7 +98,7 @@ class SuffixIndex(Protocol):
         """Append one token to every sequence and look it up: the answers of :meth:`lookup` on the whole sequences.
 
         Args:
-            state: from :meth:`start`; changed in place.
+            state: from :meth:`start` of this very index; changed in place.
             tokens_B: int32 or int64 ``[B]``.
             eod: as in :meth:`lookup`.
             rows_out: int64 ``[B]`` to write into.
@@ -104,7 +108,8 @@ class SuffixIndex(Protocol):
             rows int64 ``[B]``, -1 at a miss, and orders uint8 ``[B]``, 0 at a miss.
 
         Raises:
-            ArrayError: an array has the wrong dtype, shape or layout, or an output overlaps another array.
+            ArrayError: the state is of another index, an array has the wrong dtype, shape or layout, or an output
+                overlaps another array.
         """
         ...
 

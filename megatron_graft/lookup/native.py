@@ -12,7 +12,7 @@ from megatron_graft.bank.extension import load_extension
 from megatron_graft.bank.index_file import check_index_header
 from megatron_graft.bank.reader import Bank
 from megatron_graft.errors import ConfigError
-from megatron_graft.lookup.arguments import check_arguments, check_step_arguments
+from megatron_graft.lookup.arguments import check_arguments, check_parents, check_step_arguments
 
 Pages = Literal["file", "huge"]
 Body = Literal["auto", "plain", "portable", "avx2", "avx512"]
@@ -21,7 +21,8 @@ Body = Literal["auto", "plain", "portable", "avx2", "avx512"]
 class NativeState:
     """What :class:`NativeIndex` remembers of B sequences between tokens; see ``SuffixState``."""
 
-    def __init__(self, state: Any) -> None:
+    def __init__(self, index: NativeIndex, state: Any) -> None:
+        self.index = index
         self._state = state
 
     @property
@@ -31,7 +32,7 @@ class NativeState:
 
     def reorder(self, parents_B: np.ndarray) -> None:
         """See ``SuffixState.reorder``."""
-        self._state.reorder(np.ascontiguousarray(parents_B, dtype=np.int64))
+        self._state.reorder(check_parents(parents_B))
 
     def restart(self, sequence: int) -> None:
         """See ``SuffixState.restart``."""
@@ -70,7 +71,7 @@ class NativeIndex:
 
     def start(self, sequences: int) -> NativeState:
         """See :meth:`megatron_graft.lookup.index.SuffixIndex.start`."""
-        return NativeState(self._index.start(sequences))
+        return NativeState(self, self._index.start(sequences))
 
     def step(
         self,
@@ -82,6 +83,6 @@ class NativeIndex:
         orders_out: np.ndarray | None = None,
     ) -> tuple[np.ndarray, np.ndarray]:
         """See :meth:`megatron_graft.lookup.index.SuffixIndex.step`."""
-        rows_B, orders_B = check_step_arguments(state.sequences, tokens_B, rows_out, orders_out)
+        rows_B, orders_B = check_step_arguments(self, state, tokens_B, rows_out, orders_out)
         self._index.step(state._state, tokens_B, eod, rows_B, orders_B)
         return rows_B, orders_B

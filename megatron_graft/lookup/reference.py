@@ -17,7 +17,7 @@ from megatron_graft.bank.keys import UNUSED
 from megatron_graft.bank.manifest import KEYS_NAME
 from megatron_graft.bank.reader import Bank
 from megatron_graft.errors import BankFormatError
-from megatron_graft.lookup.arguments import check_arguments, check_step_arguments
+from megatron_graft.lookup.arguments import check_arguments, check_parents, check_step_arguments
 from megatron_graft.ngram.oracle import MISS
 
 _NO_NODE = -1
@@ -34,8 +34,9 @@ class _Level:
 class ReferenceState:
     """What :class:`ReferenceIndex` remembers of B sequences: int64 ``[B, max_order]``, newest token last."""
 
-    def __init__(self, sequences: int, max_order: int) -> None:
-        self._newest_BN = np.full((sequences, max_order), UNUSED, dtype=np.int64)
+    def __init__(self, index: ReferenceIndex, sequences: int) -> None:
+        self.index = index
+        self._newest_BN = np.full((sequences, index.max_order), UNUSED, dtype=np.int64)
 
     @property
     def sequences(self) -> int:
@@ -44,7 +45,7 @@ class ReferenceState:
 
     def reorder(self, parents_B: np.ndarray) -> None:
         """See ``SuffixState.reorder``."""
-        parents_B = np.asarray(parents_B, dtype=np.int64)
+        parents_B = check_parents(parents_B)
         if ((parents_B < 0) | (parents_B >= self.sequences)).any():
             raise IndexError(f"sequence {parents_B.tolist()} of {self.sequences}")
         self._newest_BN = self._newest_BN[parents_B]
@@ -100,7 +101,7 @@ class ReferenceIndex:
 
     def start(self, sequences: int) -> ReferenceState:
         """See :meth:`megatron_graft.lookup.index.SuffixIndex.start`."""
-        return ReferenceState(sequences, self.max_order)
+        return ReferenceState(self, sequences)
 
     def step(
         self,
@@ -112,7 +113,7 @@ class ReferenceIndex:
         orders_out: np.ndarray | None = None,
     ) -> tuple[np.ndarray, np.ndarray]:
         """See :meth:`megatron_graft.lookup.index.SuffixIndex.step`."""
-        rows_B, orders_B = check_step_arguments(state.sequences, tokens_B, rows_out, orders_out)
+        rows_B, orders_B = check_step_arguments(self, state, tokens_B, rows_out, orders_out)
         # No n-gram is longer than what is remembered, so the last position has the whole sequence's answer.
         rows_BN, orders_BN = self.lookup(state.append(tokens_B), eod=eod)
         rows_B[:], orders_B[:] = rows_BN[:, -1], orders_BN[:, -1]

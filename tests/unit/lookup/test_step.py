@@ -91,6 +91,23 @@ def test_a_sequence_that_is_not_there_is_refused_and_changes_nothing(index, wron
             state.restart(sequence)
 
 
+@pytest.mark.parametrize("wrong", [np.array([0.9, 1.9]), [0, 1], np.array([[0, 1]]), np.arange(4)[::2]])
+def test_parents_are_taken_as_they_are_or_refused(index, wrong):
+    state = index.start(3)
+    with pytest.raises(ArrayError, match="parents_B"):
+        state.reorder(wrong)
+    assert state.sequences == 3
+    state.reorder(np.array([2, 0], dtype=np.int32))
+    assert state.sequences == 2
+
+
+@pytest.mark.parametrize("other", ["native", "reference"])
+def test_the_state_of_another_index_is_refused(index, bank, other):
+    """Of as many tokens, so that nothing but the index tells the states apart."""
+    with pytest.raises(ArrayError, match=r"^state: was started by another index\. Pass one"):
+        index.step(open_index(bank, other).start(2), np.array([1, 2]), eod=EOD)
+
+
 def test_outputs_are_reused_and_checked(index):
     state = index.start(2)
     rows, orders = np.empty(2, np.int64), np.empty(2, np.uint8)
