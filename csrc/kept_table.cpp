@@ -110,8 +110,7 @@ std::size_t KeptTable::read_ahead() {
             const std::uint64_t mixed = mix_key(key, mix_);
             const std::uint64_t bucket = mixed >> rest_bits_;
             if ((entries > 0 && mixed <= before) || bucket < first_bucket_) {
-                throw FormatError("counted keys are not ascending at entry " +
-                                  std::to_string(base_ + entries));
+                throw FormatError("counted keys are not ascending at " + place_of(base_ + entries));
             }
             before = mixed;
             const bool full = entries >= max_entries_;
@@ -126,14 +125,22 @@ std::size_t KeptTable::read_ahead() {
                 return close(begun - 1, first_bucket_ + begun - 1);
             }
             if (entries + kSideBySide == rests_.size()) {
-                throw FormatError("counted keys are not spread evenly at entry " +
-                                  std::to_string(base_ + entries));
+                throw FormatError("counted keys are not spread evenly at " + place_of(base_ + entries));
             }
             rests_.data()[entries++] = static_cast<std::uint32_t>(mixed & rest_mask);
         }
     }
     begins_.data()[begun] = static_cast<std::uint32_t>(entries);
     return close(begun, buckets_);  // those behind have no entries
+}
+
+// An entry's place as messages say it.
+std::string KeptTable::place_of(std::uint64_t entry) const {
+    auto file = files_.begin();
+    for (; file + 1 != files_.end() && entry >= file->entries; ++file) {
+        entry -= file->entries;
+    }
+    return "entry " + std::to_string(entry) + " of " + file->path.string();
 }
 
 // The entry with this rest among [begin, end), or kNoNode. There is at most one.

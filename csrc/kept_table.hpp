@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <filesystem>
 #include <span>
+#include <string>
 #include <vector>
 
 #include "counted_key.hpp"
@@ -49,6 +50,7 @@ class KeptTable {
     static unsigned bucket_bits(std::uint64_t total, unsigned key_bits);
     static std::uint64_t buckets_for(std::uint64_t entries, std::uint64_t total, unsigned key_bits);
     std::size_t read_ahead();
+    [[nodiscard]] std::string place_of(std::uint64_t entry) const;
     [[nodiscard]] std::uint32_t find_in(std::uint32_t begin, std::uint32_t end, std::uint32_t rest) const;
     void find_group(const std::uint64_t* mixed, const std::uint32_t* places, std::size_t count,
                     std::uint32_t* nodes) const;

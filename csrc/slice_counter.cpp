@@ -39,7 +39,9 @@ bool DocumentKeys::is_new(std::uint64_t mixed) {
         }
     }
     if (used_ == limit_) {
-        throw std::length_error("a document has more than " + std::to_string(limit_) + " tokens");
+        throw std::length_error("a document has more than " + std::to_string(limit_) +
+                                " distinct n-grams, but the longest was said to have " +
+                                std::to_string(limit_) + " tokens: the data set has changed under way");
     }
     ++used_;
     keys_[slot] = mixed;

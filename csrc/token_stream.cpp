@@ -33,6 +33,9 @@ void TokenStream::open_piece() {
     ids_.emplace(piece.ids);
     if (with_starts_) {
         lengths_.emplace(piece.lengths);
+        if (piece.num_tokens == 0) {
+            finish_documents();
+        }
     }
 }
 
@@ -95,9 +98,22 @@ void TokenStream::mark_starts(std::span<std::uint32_t> tokens) {
         }
         next_start_ += length;
     }
-    if (end == pieces_[piece_].num_tokens && next_start_ != end) {
-        throw FormatError(pieces_[piece_].lengths.string() +
-                          " has documents that do not add up to their tokens");
+    if (end == pieces_[piece_].num_tokens) {
+        finish_documents();
+    }
+}
+
+// Behind the last token of a piece only empty documents may come.
+void TokenStream::finish_documents() {
+    const CorpusPiece& piece = pieces_[piece_];
+    while (next_start_ == piece.num_tokens &&
+           (buffered_ < length_buffer_.size() || documents_read_ < piece.num_documents)) {
+        next_start_ += next_length();
+    }
+    if (next_start_ != piece.num_tokens) {
+        throw FormatError(piece.lengths.string() + " has documents that do not add up to their tokens: " +
+                          std::to_string(next_start_) + " or more instead of " +
+                          std::to_string(piece.num_tokens));
     }
 }
 

@@ -44,8 +44,8 @@ class TokenStream {
     // Set in the first token of a document; the id is below.
     static constexpr std::uint32_t kDocumentStart = 1U << 31U;
 
-    // Throws std::invalid_argument if an id is not 2 or 4 bytes. Without `with_starts` documents are not
-    // looked at, and no token is marked.
+    // Throws std::invalid_argument if an id is not 2 or 4 bytes, and for the first piece what read() throws.
+    // Without `with_starts` documents are not looked at, and no token is marked.
     TokenStream(std::span<const CorpusPiece> pieces, std::uint32_t vocab_size, bool with_starts);
 
     // Fills the front of `tokens` and returns how many they are, all of one piece; 0 at the end. Throws
@@ -61,6 +61,7 @@ class TokenStream {
     template <typename Id>
     void read_ids(std::span<std::uint32_t> tokens);
     void mark_starts(std::span<std::uint32_t> tokens);
+    void finish_documents();
     std::uint64_t next_length();
 
     std::span<const CorpusPiece> pieces_;

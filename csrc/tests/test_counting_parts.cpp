@@ -89,10 +89,14 @@ TEST("a table of kept keys finds each of them in one of its ranges, and no other
 TEST("keys that are not ascending are refused") {
     const ScratchDirectory directory;
     const KeyMix mix = counted_key_mix(100);
-    write_file(directory / "keys", std::vector<std::uint64_t>{unmix_key(9, mix), unmix_key(8, mix)});
-    KeptTable table({{directory / "keys", 2}}, 100, 10);
-    CHECK_THROWS(FormatError, table.load_next(), "not ascending at entry 1");
-    KeptTable longer({{directory / "keys", 3}}, 100, 10);
+    const std::filesystem::path keys = directory / "keys";
+    write_file(keys, std::vector<std::uint64_t>{unmix_key(9, mix), unmix_key(8, mix)});
+    KeptTable table({{keys, 2}}, 100, 10);
+    CHECK_THROWS(FormatError, table.load_next(), "not ascending at entry 1 of " + keys.string());
+    write_file(directory / "before", std::vector<std::uint64_t>{unmix_key(3, mix)});
+    KeptTable second({{directory / "before", 1}, {keys, 2}}, 100, 10);
+    CHECK_THROWS(FormatError, second.load_next(), "not ascending at entry 1 of " + keys.string());
+    KeptTable longer({{keys, 3}}, 100, 10);
     CHECK_THROWS(FormatError, longer.load_next(), "ends at byte 16");
 }
 
@@ -143,9 +147,9 @@ TEST("a pool gives back what each bucket got, and says when it is full") {
 
 TEST("a stream marks the starts of documents, and empty ones nowhere") {
     const ScratchDirectory directory;
-    const std::vector<CorpusPiece> pieces = {write_piece(directory, "one", {{}, {1, 2}, {}, {3}, {}}),
-                                             write_piece(directory, "none", {}),
-                                             write_piece(directory, "two", {{4, 5, 6}}, 9)};
+    const std::vector<CorpusPiece> pieces = {
+        write_piece(directory, "one", {{}, {1, 2}, {}, {3}, {}, {}}), write_piece(directory, "none", {}),
+        write_piece(directory, "empty", {{}, {}}), write_piece(directory, "two", {{4, 5, 6}}, 9)};
     for (const std::size_t block : {1U, 2U, 10U}) {
         TokenStream stream(pieces, 7, true);
         std::vector<std::uint32_t> all;
@@ -176,6 +180,11 @@ TEST("a stream refuses ids outside the vocabulary and documents that do not fit"
     pieces[0].num_documents = 2;
     pieces[0].num_tokens = 4;
     CHECK_THROWS(FormatError, TokenStream(pieces, 9, true).read(tokens), "do not add up");
+    pieces[0].num_tokens = 2;
+    CHECK_THROWS(FormatError, TokenStream(pieces, 9, true).read(tokens), "do not add up");
+    pieces[0].num_tokens = 0;
+    CHECK_THROWS(FormatError, TokenStream(pieces, 9, true), "do not add up");
+    CHECK_EQUAL(TokenStream(pieces, 9, false).read(tokens), 0U);
     pieces[0].num_tokens = 6;
     CHECK_THROWS(FormatError, TokenStream(pieces, 9, true).read(tokens), "ends at byte 20");
     pieces[0].lengths_offset = 0;
@@ -191,7 +200,7 @@ TEST("a stream refuses ids outside the vocabulary and documents that do not fit"
 TEST("a document of more different n-grams than was said is refused") {
     DocumentKeys keys(2);
     CHECK(keys.is_new(5) && keys.is_new(6) && !keys.is_new(5));
-    CHECK_THROWS(std::length_error, keys.is_new(7), "more than 2");
+    CHECK_THROWS(std::length_error, keys.is_new(7), "more than 2 distinct n-grams");
     keys.start_document();
     CHECK(keys.is_new(5) && keys.is_new(7));
 }
