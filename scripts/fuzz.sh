@@ -22,20 +22,28 @@ build() {
     make --silent --no-print-directory -j"$(nproc)" -f csrc/programs.mk "$@" "${targets[@]}"
 }
 
+# The inputs that are kept in the repository: $kept.
+find_kept() {
+    kept=("csrc/fuzz/corpus/$1")
+    if [ -d "csrc/fuzz/regressions/$1" ]; then
+        kept+=("csrc/fuzz/regressions/$1")
+    fi
+}
+
 run_libfuzzer() {
-    local target=$1 seconds=$2
+    local target=$1 seconds=$2 kept
+    find_kept "$target"
     mkdir -p "build/fuzz/$target"
-    local regressions=()
-    [ -d "csrc/fuzz/regressions/$target" ] && regressions=("csrc/fuzz/regressions/$target")
     "build/native/fuzz/$target" -max_total_time="$seconds" -timeout=10 -rss_limit_mb=2048 -max_len=32768 \
         -print_final_stats=1 -artifact_prefix="build/fuzz/$target-" "build/fuzz/$target" \
-        "csrc/fuzz/corpus/$target" "${regressions[@]}" >"build/fuzz/$target.log" 2>&1
+        "${kept[@]}" >"build/fuzz/$target.log" 2>&1
 }
 
 run_standalone() {
-    local target=$1 seconds=$2
-    "build/native/asan/$target" --seconds "$seconds" --seed "$RANDOM" --failure "build/fuzz/$target-failure" \
-        "csrc/fuzz/corpus/$target" >"build/fuzz/$target.log" 2>&1
+    local target=$1 seconds=$2 kept
+    find_kept "$target"
+    "build/native/asan/$target" --seconds "$seconds" --seed "$RANDOM" --timeout 10 --rss-limit-mb 2048 \
+        --failure "build/fuzz/$target-failure" "${kept[@]}" >"build/fuzz/$target.log" 2>&1
 }
 
 fuzz() {

@@ -1,9 +1,13 @@
 // Runs a fuzz target where there is no libFuzzer: every file of the given directories, and then, for a given
 // time, random changes of them. It does not see which code an input reaches, so it finds much less.
 //
-//   <target> [--seconds N] [--seed S] [--failure FILE] directory...
+//   <target> [--seconds N] [--seed S] [--timeout N] [--rss-limit-mb M] [--failure FILE] directory...
 //
-// An input that does not come back is kept as FILE.
+// An input that does not come back, takes more than the timeout's seconds, or brings the process above M MiB,
+// is kept as FILE.
+#include <fcntl.h>
+#include <unistd.h>
+
 #include <algorithm>
 #include <chrono>
 #include <csignal>
@@ -33,26 +37,55 @@ constexpr std::size_t kMaxBytes = 1U << 15U;
 // The input that runs, and where it is kept if it does not come back.
 Bytes current;
 std::string failure_path = "fuzz-failure";
+unsigned timeout_seconds = 10;
+long rss_limit_mb = 2048;
 
-// Called while the process dies of a finding, which no signal handler can make worse.
-void keep_current() {
-    std::ofstream(failure_path, std::ios::binary)
-        .write(reinterpret_cast<const char*>(current.data()), static_cast<std::streamsize>(current.size()));
-    std::fprintf(stderr, "the input was kept as %s\n", failure_path.c_str());
+void say(std::string_view text) {
+    [[maybe_unused]] const ssize_t written = ::write(STDERR_FILENO, text.data(), text.size());
 }
 
-void keep_and_abort(int) {
+// Called while the process dies of a finding, maybe in the middle of an allocation: system calls alone.
+void keep_current() {
+    const int file = ::open(failure_path.c_str(), O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC, 0644);
+    const bool kept = ::write(file, current.data(), current.size()) == static_cast<ssize_t>(current.size());
+    say(kept ? "the input was kept as " : "the input could not be kept as ");
+    say(failure_path);
+    say("\n");
+}
+
+void keep_and_abort(int signal) {
+    if (signal == SIGALRM) {
+        say("FOUND: an input takes longer than the timeout\n");
+    }
     keep_current();
     std::signal(SIGABRT, SIG_DFL);
     std::raise(SIGABRT);
 }
 
-// An exception that leaves the target is a finding.
+// The most that this process has had in memory. getrusage would tell of the program that started it as well.
+long peak_mb() {
+    std::ifstream status("/proc/self/status");
+    std::string word;
+    while (status >> word && word != "VmHWM:") {
+    }
+    long kilobytes = 0;
+    status >> kilobytes;
+    return kilobytes / 1024;
+}
+
+// An exception that leaves the target is a finding, and so is an input that takes too long or too much
+// memory.
 void run_current() {
     try {
+        ::alarm(timeout_seconds);
         LLVMFuzzerTestOneInput(current.data(), current.size());
+        ::alarm(0);
     } catch (const std::exception& error) {
         std::fprintf(stderr, "FOUND: an unexpected error: %s\n", error.what());
+        std::abort();
+    }
+    if (const long peak = peak_mb(); peak > rss_limit_mb) {
+        std::fprintf(stderr, "FOUND: an input brings the process to %ld MiB\n", peak);
         std::abort();
     }
 }
@@ -118,6 +151,10 @@ int run(int argument_count, char** arguments) {
             seconds = std::stod(value);
         } else if (argument == "--seed") {
             seed = std::stoull(value);
+        } else if (argument == "--timeout") {
+            timeout_seconds = static_cast<unsigned>(std::stoul(value));
+        } else if (argument == "--rss-limit-mb") {
+            rss_limit_mb = std::stol(value);
         } else if (argument == "--failure") {
             failure_path = value;
         } else {
@@ -161,5 +198,6 @@ int main(int argument_count, char** arguments) {
     __asan_set_death_callback(&megatron_graft::fuzz::keep_current);
 #endif
     std::signal(SIGABRT, &megatron_graft::fuzz::keep_and_abort);
+    std::signal(SIGALRM, &megatron_graft::fuzz::keep_and_abort);
     return megatron_graft::fuzz::run(argument_count, arguments);
 }
