@@ -5,8 +5,8 @@
 
 namespace megatron_graft {
 
-// kAuto is the widest that the machine has. kPlain does one thing after the other and asks for nothing ahead:
-// it is there to be compared with.
+// kAuto is the widest that the machine has. kPlain does one thing after the other, as one would write it
+// first: it is there to be compared with.
 enum class Body { kAuto, kPlain, kPortable, kAvx2, kAvx512 };
 
 [[nodiscard]] bool body_available(Body body);

@@ -17,8 +17,8 @@ struct CopyBody {
     CopyPiece* keep;    // the target stays in the caches
 };
 
-// kPlain copies piece by piece and asks for nothing ahead. Throws std::invalid_argument if the machine lacks
-// `body`.
+// kPlain copies piece by piece and leaves `ahead` alone; what a caller asks for itself stays as it is. Throws
+// std::invalid_argument if the machine lacks `body`.
 [[nodiscard]] CopyBody copy_body(Body body);
 
 // Orders streamed stores before all later stores of this thread, so that another thread which sees one of

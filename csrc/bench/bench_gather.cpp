@@ -35,9 +35,9 @@ constexpr std::size_t kAheadBytes = 16384;
 constexpr std::size_t kUniqueRows = 32768;  // positions of a micro-batch
 
 // Anonymous memory for which huge pages are asked, all of it touched.
-class HugeMemory {
+class FilledMemory {
   public:
-    explicit HugeMemory(std::size_t size) : size_(size) {
+    explicit FilledMemory(std::size_t size) : size_(size) {
         void* const address =
             ::mmap(nullptr, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
         if (address == MAP_FAILED) {
@@ -50,9 +50,9 @@ class HugeMemory {
             std::memcpy(data_ + at, &word, sizeof(word));
         }
     }
-    ~HugeMemory() { ::munmap(data_, size_); }
-    HugeMemory(const HugeMemory&) = delete;
-    HugeMemory& operator=(const HugeMemory&) = delete;
+    ~FilledMemory() { ::munmap(data_, size_); }
+    FilledMemory(const FilledMemory&) = delete;
+    FilledMemory& operator=(const FilledMemory&) = delete;
 
     [[nodiscard]] std::span<std::byte> bytes() const { return {data_, size_}; }
 
@@ -262,8 +262,8 @@ class GatherBench {
         return Json().add("copies", copies).add("copy_limit", limit).add("gathers", cases);
     }
 
-    HugeMemory source_;
-    HugeMemory output_;
+    FilledMemory source_;
+    FilledMemory output_;
     std::size_t rounds_;
     std::uint64_t mismatches_ = 0;
 };

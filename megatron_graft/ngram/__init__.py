@@ -1,1 +1,1 @@
-"""What an n-gram is: suffix windows inside a document, and the brute-force answer to every lookup. NumPy only."""
+"""What an n-gram is: where documents start, and the brute-force answer to every lookup. NumPy only."""

@@ -23,7 +23,7 @@ from megatron_graft.ngram.windows import positions_in_document
 
 MAX_ORDER = 8
 MAX_HEADS = 1024
-MAX_VOCAB_SIZE = 2**40  # with so many heads, row numbers stay far inside int64
+MAX_HEAD_ROWS = 2**40  # with so many heads, row numbers stay far inside int64
 _INT64_MAX = int(np.iinfo(np.int64).max)
 _WITNESSES = (2, 3, 5, 7, 11, 13, 17, 19, 23, 29, 31, 37)  # leave no doubt below 2^64 (Sorenson and Webster, 2015)
 
@@ -126,8 +126,8 @@ class EngramConfig:
         _require("--engram-max-order", self.max_order, 2 <= self.max_order <= MAX_ORDER, f"2 to {MAX_ORDER}")
         _require("--engram-heads", self.heads, 1 <= self.heads <= MAX_HEADS, f"1 to {MAX_HEADS}")
         _require("--engram-vocab-size", list(sizes), len(sizes) == orders, f"{orders} numbers, one for each order")
-        in_range = all(2 <= size <= MAX_VOCAB_SIZE for size in sizes)
-        _require("--engram-vocab-size", list(sizes), in_range, f"numbers from 2 to {MAX_VOCAB_SIZE}")
+        in_range = all(2 <= size <= MAX_HEAD_ROWS for size in sizes)
+        _require("--engram-vocab-size", list(sizes), in_range, f"numbers from 2 to {MAX_HEAD_ROWS}")
         divisible = self.dim >= 1 and self.dim % self.heads == 0
         _require("--engram-dim", self.dim, divisible, f"a positive multiple of the {self.heads} heads")
         _require("--engram-seed", self.seed, self.seed >= 0, "0 or more")

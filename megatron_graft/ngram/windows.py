@@ -1,4 +1,4 @@
-"""Where documents start inside a packed sample, and how long a suffix may be at each position.
+"""Where documents start inside a packed sample.
 
 Shapes: B sequences, S positions.
 
@@ -33,20 +33,3 @@ def positions_in_document(tokens_BS: Tokens, eod: int | None) -> np.ndarray:
     starts = np.zeros((sequences, length), dtype=np.int32)
     np.copyto(starts[:, 1:], column[:, 1:], where=tokens_BS[:, :-1] == eod)
     return column - np.maximum.accumulate(starts, axis=1)
-
-
-def longest_suffix(tokens_BS: Tokens, eod: int | None, max_order: int) -> np.ndarray:
-    """Length of the longest n-gram that may end at each position.
-
-    Args:
-        tokens_BS: int32 or int64 ``[B, S]`` token ids.
-        eod: id of the end-of-document token, or None.
-        max_order: cap on the length.
-
-    Returns:
-        int32 ``[B, S]``: 0 where the token is EOD, else ``min(max_order, position in document + 1)``.
-    """
-    length_BS = np.minimum(positions_in_document(tokens_BS, eod) + 1, max_order).astype(np.int32)
-    if eod is not None:
-        length_BS[tokens_BS == eod] = 0
-    return length_BS

@@ -149,25 +149,6 @@ def test_padding_of_short_keys_is_not_matched_by_negative_ids(bank_of):
     assert_all_agree(bank, np.array([[-1, -1, 1, 2], [-1, 1, 2, 3]], dtype=np.int32))
 
 
-@pytest.mark.parametrize(
-    ("known", "unknown"),
-    [((869, 851), (520, 911)), ((366, 307), (960, 694)), ((300, 656), (563, 637)), ((362, 804), (872, 658))],
-)
-def test_a_hash_collision_is_no_hit(bank_of, known, unknown):
-    """These pairs agree in the part of the native hash that a table of one key looks at: tag and slot."""
-    rows = assert_all_agree(bank_of([known], vocab_size=1024), np.array([known, unknown], dtype=np.int32))
-    assert rows.tolist() == [[-1, 0], [-1, -1]]
-
-
-@pytest.mark.parametrize("key", [(7792, 494, 121), (126, 384, 234), (10105, 32, 731)])
-def test_a_key_is_no_hit_for_its_own_suffix(bank_of, key):
-    """The native hashes of these keys collide, in the same part, with those of their last two tokens."""
-    far = (1, 1)  # the bank knows order 2, so that it is tried, but not this one
-    tokens = np.array([[key[1], key[2]], [key[2], key[1]]], dtype=np.int64)
-    rows = assert_all_agree(bank_of([key, far], vocab_size=2**14), tokens)
-    assert (rows == -1).all()
-
-
 def test_the_longest_order_a_bank_can_have(bank_of):
     rng = np.random.default_rng(0)
     longest = tuple(rng.integers(1, 50, MAX_ORDER).tolist())

@@ -3,7 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from megatron_graft.ngram.windows import longest_suffix, positions_in_document
+from megatron_graft.ngram.windows import positions_in_document
 
 EOD = 9
 
@@ -18,29 +18,22 @@ def test_without_eod_a_sequence_is_one_document():
     assert positions_in_document(tokens, None).tolist() == [[0, 1, 2]]
 
 
-def test_longest_suffix_is_capped_and_zero_at_eod():
-    tokens = np.array([[1, 2, 3, 4, EOD, 5, 6]], dtype=np.int32)
-    assert longest_suffix(tokens, EOD, 3).tolist() == [[1, 2, 3, 3, 0, 1, 2]]
-
-
 @pytest.mark.parametrize("shape", [(0, 5), (3, 0), (0, 0)])
 def test_empty_batches_give_empty_answers(shape):
     tokens = np.empty(shape, dtype=np.int64)
     assert positions_in_document(tokens, EOD).shape == shape
-    assert longest_suffix(tokens, EOD, 4).shape == shape
 
 
 @pytest.mark.parametrize("dtype", [np.int32, np.int64])
 @pytest.mark.parametrize("seed", range(5))
-def test_both_agree_with_a_walk_token_by_token(dtype, seed):
+def test_positions_agree_with_a_walk_token_by_token(dtype, seed):
     tokens = np.random.default_rng(seed).integers(0, 3, (4, 40)).astype(dtype)
-    positions, longest = positions_in_document(tokens, 0), longest_suffix(tokens, 0, 4)
+    positions = positions_in_document(tokens, 0)
     for sequence, row in enumerate(tokens.tolist()):
         position = -1
         for column, token in enumerate(row):
             position += 1
             assert positions[sequence, column] == position
-            assert longest[sequence, column] == (0 if token == 0 else min(4, position + 1))
             if token == 0:
                 position = -1
 
@@ -48,5 +41,4 @@ def test_both_agree_with_a_walk_token_by_token(dtype, seed):
 def test_input_is_left_alone():
     tokens = np.array([[1, EOD, 2]], dtype=np.int64)
     positions_in_document(tokens, None)[:] = 7
-    longest_suffix(tokens, EOD, 4)
     assert tokens.tolist() == [[1, EOD, 2]]
