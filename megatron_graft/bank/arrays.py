@@ -59,6 +59,16 @@ def check_no_overlap(output_name: str, output: np.ndarray, input_name: str, give
         raise ArrayError(output_name, f"shares memory with {input_name}", remedy="Pass a separate buffer.")
 
 
+def check_choice(name: str, value: str, choices: Sequence[str]) -> None:
+    """Refuse a word that is none of ``choices``.
+
+    Raises:
+        ConfigError: naming them.
+    """
+    if value not in choices:
+        raise ConfigError(name, "is unknown", got=value, expected=" or ".join(choices))
+
+
 def check_threads(threads: int) -> None:
     """Refuse a number of threads that the extension has no pool of.
 

@@ -10,6 +10,18 @@ from megatron_graft.errors import BankFormatError
 _HEX_SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
+def object_without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """For ``json.loads``, which else lets the last of two fields of one name win.
+
+    Raises:
+        ValueError: two have one name.
+    """
+    fields = dict(pairs)
+    if len(fields) != len(pairs):
+        raise ValueError("a name is given twice")
+    return fields
+
+
 class Fields:
     """The fields of one JSON object, each to be taken exactly once.
 

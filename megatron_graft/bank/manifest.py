@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, cast
 
-from megatron_graft.bank.fields import Fields
+from megatron_graft.bank.fields import Fields, object_without_repeats
 from megatron_graft.bank.row_layout import ROW_DTYPES
 from megatron_graft.errors import BankFormatError, BankIncompleteError, BankVersionError
 from megatron_graft.files import canonical_json
@@ -330,7 +330,7 @@ def read_manifest(directory: Path) -> Manifest:
         if size > _MAX_MANIFEST_BYTES:
             limit = f"at most {_MAX_MANIFEST_BYTES} bytes"
             raise BankFormatError(path, "is too large", got=size, expected=limit)
-        value = json.loads(path.read_bytes().decode("utf-8"))
+        value = json.loads(path.read_bytes().decode("utf-8"), object_pairs_hook=object_without_repeats)
     except OSError as error:
         raise BankFormatError(path, "cannot be read", got=error.strerror) from error
     except (ValueError, RecursionError) as error:

@@ -7,10 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 
-from megatron_graft.bank.arrays import ArrayError, check_array, check_no_overlap, check_threads
+from megatron_graft.bank.arrays import ArrayError, check_array, check_choice, check_no_overlap, check_threads
 from megatron_graft.bank.index_file import check_index_header
 from megatron_graft.bank.keys import BankKeys
 from megatron_graft.bank.manifest import (
@@ -176,10 +177,12 @@ def open_bank(
         BankIncompleteError: it has no manifest.
         BankVersionError: it was written in another format version.
         BankFormatError: a file is missing, truncated, altered or malformed.
-        ConfigError: ``rows`` or ``threads`` is out of range.
+        ConfigError: ``rows`` or ``threads`` is out of range, or ``verify`` or ``gather`` is unknown.
         NativeExtensionError: the extension is not built and ``gather`` is not ``"reference"``.
     """
     path = Path(path)
+    check_choice("verify", verify, get_args(Depth))
+    check_choice("gather", gather, get_args(GatherImplementation))
     if not path.is_dir():
         raise BankError(path, "is not a directory", expected="a bank directory", remedy="Check the path.")
     manifest = read_manifest(path)

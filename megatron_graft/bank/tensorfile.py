@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from megatron_graft.bank.fields import object_without_repeats
 from megatron_graft.errors import BankFormatError
 
 PAGE_BYTES = 4096
@@ -130,7 +131,7 @@ def _header_bytes(tensors: Mapping[str, tuple[str, np.ndarray]]) -> bytes:
 
 def _parse_header(path: Path, header: bytes, data_start: int, file_bytes: int) -> dict[str, TensorEntry]:
     try:
-        fields = json.loads(header.decode("utf-8"), object_pairs_hook=_object_without_repeats)
+        fields = json.loads(header.decode("utf-8"), object_pairs_hook=object_without_repeats)
     except (ValueError, RecursionError) as error:
         raise BankFormatError(path, "has a header that is not JSON", got=error) from error
     if not isinstance(fields, dict) or not header.startswith(b"{"):
@@ -186,10 +187,3 @@ def _is_list_of_sizes(value: Any) -> bool:
     if not isinstance(value, list) or len(value) > _MAX_RANK:
         return False
     return all(type(size) is int and 0 <= size < 2**63 for size in value)
-
-
-def _object_without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    fields = dict(pairs)
-    if len(fields) != len(pairs):
-        raise ValueError("a name is given twice")
-    return fields

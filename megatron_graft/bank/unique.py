@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import get_args
 
 import numpy as np
 
-from megatron_graft.bank.arrays import check_array, check_no_overlap
+from megatron_graft.bank.arrays import check_array, check_choice, check_no_overlap
 from megatron_graft.bank.extension import load_extension
+from megatron_graft.bank.rows import GatherImplementation
 
 
 def unique_rows(
     rows: np.ndarray,
     unique_out: np.ndarray,
     inverse_out: np.ndarray,
-    implementation: Literal["native", "reference"] = "native",
+    implementation: GatherImplementation = "native",
 ) -> int:
     """Find the distinct row numbers and, for each position, its place among them.
 
@@ -30,8 +31,10 @@ def unique_rows(
 
     Raises:
         ArrayError: a wrong dtype, shape or layout, or an output overlaps another array.
+        ConfigError: ``implementation`` is unknown.
         NativeExtensionError: ``"native"``, and the extension is not built.
     """
+    check_choice("implementation", implementation, get_args(GatherImplementation))
     check_array("rows", rows, dtypes=[np.int64], shape=(None,))
     check_array("inverse_out", inverse_out, dtypes=[np.int32], shape=rows.shape, writable=True)
     check_array("unique_out", unique_out, dtypes=[np.int64], shape=(None,), writable=True)

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from megatron_graft.bank.node_copy import node_copy
 from megatron_graft.bank.reader import Bank, open_bank
@@ -102,9 +105,30 @@ def check_tokenizer(tokenizer: TextTokenizer, args: argparse.Namespace) -> None:
 
 
 def data_prefixes(args: argparse.Namespace) -> list[str]:
-    """Every data set prefix named by the run's flags (weights of blends left out)."""
-    from megatron.training.utils import get_blend_and_blend_per_split
+    """Every data set prefix that the run's flags name, and the files that they name (weights of blends left out).
 
-    whole, per_split = get_blend_and_blend_per_split(args)
-    blends = [blend for blend in (whole, *(per_split or ())) if blend]
-    return list(dict.fromkeys(prefix for prefixes, _ in blends for prefix in prefixes))
+    Raises:
+        ConfigError: such a file cannot be read.
+    """
+    blends = [args.data_path, args.train_data_path, args.valid_data_path, args.test_data_path]
+    if args.data_args_path is not None:
+        blends.append(_read("--data-args-path", args.data_args_path, str.split))
+    if args.per_split_data_args_path is not None:
+        by_split = _read("--per-split-data-args-path", args.per_split_data_args_path, json.loads)
+        blends += [blend.split() if isinstance(blend, str) else blend for blend in by_split.values()]
+    return list(dict.fromkeys(str(item) for blend in blends for item in blend or [] if not _is_number(str(item))))
+
+
+def _read(flag: str, path: str, parse: Callable[[str], Any]) -> Any:
+    try:
+        return parse(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(flag, f"cannot be read: {error}", got=path) from error
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True

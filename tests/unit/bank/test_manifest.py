@@ -240,7 +240,7 @@ def test_a_directory_without_a_manifest_is_incomplete(tmp_path):
         read_manifest(tmp_path)
 
 
-@pytest.mark.parametrize("data", [b"", b"{", b"\xff", b"[" * 100_000, b"9" * 5000])
+@pytest.mark.parametrize("data", [b"", b"{", b"\xff", b"[" * 100_000, b"9" * 5000, b'{"a": 1, "a": 2}'])
 def test_a_manifest_that_is_not_json_is_refused(tmp_path, data):
     (tmp_path / MANIFEST_NAME).write_bytes(data)
     with pytest.raises(BankFormatError, match="is not JSON"):

@@ -322,6 +322,13 @@ def test_fewer_rows_are_another_bank_and_all_rows_are_the_same(bank_path):
     assert (cut.orders, cut.min_order, cut.max_order) == (whole.orders, 2, 4)
 
 
+def test_words_that_name_nothing_are_refused(bank_path):
+    with pytest.raises(ConfigError, match="verify: is unknown .got Full; expected header or sample or full"):
+        open_bank(bank_path, "Full")
+    with pytest.raises(ConfigError, match="gather: is unknown .got Native; expected native or reference"):
+        open_bank(bank_path, gather="Native")
+
+
 @pytest.mark.parametrize("rows", [0, -1, 6])
 def test_rows_that_are_not_there_are_refused(bank_path, rows):
     with pytest.raises(ConfigError, match=f"rows of {bank_path}: are not in this bank .got {rows}; expected 1 to 5"):

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from megatron_graft.bank.arrays import ArrayError
 from megatron_graft.bank.unique import unique_rows
+from megatron_graft.errors import ConfigError
 
 IMPLEMENTATIONS = ["native", "reference"]
 numbers = st.one_of(st.integers(-2, 6), st.integers(-(2**63), 2**63 - 1))
@@ -67,3 +68,9 @@ def test_outputs_may_not_overlap_the_rows() -> None:
         unique_rows(rows, rows, np.zeros(4, np.int32))
     with pytest.raises(ArrayError, match="inverse_out: shares memory with rows"):
         unique_rows(rows, np.zeros(4, np.int64), rows.view(np.int32)[:4])
+
+
+def test_an_implementation_that_is_none_is_refused() -> None:
+    rows = np.zeros(2, dtype=np.int64)
+    with pytest.raises(ConfigError, match="implementation: is unknown .got natve; expected native or reference"):
+        unique_rows(rows, np.empty(2, dtype=np.int64), np.empty(2, dtype=np.int32), "natve")  # type: ignore[arg-type]

@@ -62,7 +62,7 @@ def run_settings(tokenizer_file: Path, *flags: Any, **megatron: Any) -> tuple[ar
     run: dict[str, Any] = {
         "num_layers": NUM_LAYERS, "tokenizer_model": str(tokenizer_file), "seq_length": 16, "seed": 1,
         "init_method_std": 0.02, "data_path": None, "train_data_path": None, "valid_data_path": None,
-        "test_data_path": None,
+        "test_data_path": None, "data_args_path": None, "per_split_data_args_path": None,
     }  # fmt: skip
     for name, value in (MEGATRON_DEFAULTS | run | megatron).items():
         setattr(args, name, value)
