@@ -252,8 +252,7 @@ def test_torchrun_starts_two_processes_and_saves(prepared: Job) -> None:
 
 
 def test_a_run_that_is_told_to_stop_saves_and_is_finished_by_the_same_call(prepared: Job) -> None:
-    """After a checkpoint, too: what saves the next one is running by then, and gets the signal as well. So do the
-    processes that load data, which the last steps need."""
+    """After a checkpoint, too, whose saver gets the signal as well. So do data loaders, which the last steps need."""
     steps, interval, run = 40, 5, prepared.run_directory("stopped")
     flags = ("--train-iters", steps, "--save-interval", interval, "--log-interval", 50, "--eval-interval", 1000)
     flags += ("--num-workers", 1)
