@@ -81,7 +81,7 @@ def summarise(experiment: Experiment, records: Records) -> Summary:
         },
         "arms": {arm: _arm(experiment, records, arm, references, texts) for arm in records.runs},
         "grids": grids_of(experiment, records),
-        "round": _round(experiment, records),
+        "round": _round(experiment, records, texts),
         "runs": _provenance(experiment, records),
         "not_run": _not_run(experiment, records),
         "not_finite": _not_finite(experiment, records),
@@ -228,8 +228,11 @@ def _sites(runs: dict[int, RunRecord]) -> dict[str, Any]:
     }
 
 
-def _round(experiment: Experiment, records: Records) -> dict[str, Any] | None:
-    """The arms of the tuning round on the untouched text; None while there are none, so that nobody looks at it."""
+def _round(experiment: Experiment, records: Records, texts: Iterable[str]) -> dict[str, Any] | None:
+    """The arms of the tuning round on the untouched text; None while there are none, so that nobody looks at it.
+
+    The pairs among them are compared on every other text as well: what is chosen on one may lose on another.
+    """
     tuned = [arm for arm in records.runs if experiment.arms[arm].group == ROUND and records.losses(arm, UNTOUCHED)]
     if not tuned:
         return None
@@ -240,7 +243,24 @@ def _round(experiment: Experiment, records: Records) -> dict[str, Any] | None:
             arm: _measured(records, arm, UNTOUCHED, {one: one for one in [*core, *tuned]} if arm in tuned else {}, None)
             for arm in [*core, *tuned]
         },
+        "pairs": [
+            {"first": first, "second": second, "texts": _differences(records, first, second, [UNTOUCHED, *texts])}
+            for first, second in _tuned_pairs(experiment, tuned)
+        ],
     }
+
+
+def _tuned_pairs(experiment: Experiment, tuned: list[str]) -> Iterable[tuple[str, str]]:
+    """Each tuned arm with the one that it varies, the baseline, and the tuned ones before it."""
+    for number, arm in enumerate(tuned):
+        for other in dict.fromkeys([experiment.arms[arm].varies, experiment.baseline, *tuned[:number]]):
+            if other is not None:
+                yield arm, other
+
+
+def _differences(records: Records, first: str, second: str, texts: Iterable[str]) -> dict[str, Any]:
+    found = {text: difference(records, first, second, text) for text in texts}
+    return {text: one.as_json() for text, one in found.items() if one}
 
 
 def _provenance(experiment: Experiment, records: Records) -> dict[str, Any]:

@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from megatron_graft.experiments import comparison_differences as differences
 from megatron_graft.experiments import comparison_numbers as shown
 from megatron_graft.experiments.comparison import Summary
 from megatron_graft.experiments.experiment import CORE, FURTHER, SWEEP
@@ -276,6 +277,16 @@ def round_section(summary: Summary) -> Iterable[str]:
         for name, arm in arms.items()
     ]  # fmt: skip
     yield markdown_table(["arm", "seeds", f"loss, `{text}`", *(f"− `{name}`" for name in arms)], rows)
+    pairs = {(one["first"], one["second"]): one["texts"] for one in tuned["pairs"] if text in one["texts"]}
+    yield "The same in full, of each such arm against the one that it varies, no memory, and the others chosen:"
+    yield differences.table({pair: found[text] for pair, found in pairs.items()})
+    yield f"The same on all other texts; {shown.BOLD}:"
+    others = list(dict.fromkeys(name for found in pairs.values() for name in found if name != text))
+    cells = [
+        [f"`{first}` − `{second}`", *(shown.marked(found.get(name)) for name in others)]
+        for (first, second), found in pairs.items()
+    ]
+    yield markdown_table(["A − B", *(f"`{name}`" for name in others)], cells)
 
 
 def site_section(summary: Summary) -> Iterable[str]:

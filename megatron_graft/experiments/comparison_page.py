@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from megatron_graft.experiments import comparison_differences as differences
 from megatron_graft.experiments import comparison_numbers as shown
 from megatron_graft.experiments.comparison import Summary
 from megatron_graft.experiments.comparison_details import (
@@ -82,8 +83,8 @@ def _verdicts(summary: Summary) -> Iterable[str]:
     yield "\n".join(f"- {verdict_sentence(name, one)}" for name, one in hypotheses.items())
     if not any(one["difference"] for one in hypotheses.values()):
         return
-    seeds = list(dict.fromkeys(seed for one in hypotheses.values() for seed in _seeds(one)))
-    heads = ["", "A − B", "verdict", "mean", "over documents", "over seeds", *(f"seed {seed}" for seed in seeds), "SD"]
+    seeds = differences.seeds_of(one["difference"] for one in hypotheses.values())
+    heads = ["", "A − B", "verdict", *differences.heads(seeds)]
     yield markdown_table(heads, [_hypothesis_row(name, one, seeds) for name, one in hypotheses.items()])
 
 
@@ -92,11 +93,7 @@ def _pairs(summary: Summary) -> Iterable[str]:
     if not found:
         return
     yield f"Without a hypothesis, and so at {shown.level(summary['level'])} and without a verdict:"
-    seeds = list(dict.fromkeys(seed for one in found for seed in _seeds(one)))
-    yield markdown_table(
-        ["A − B", "mean", "over documents", "over seeds", *(f"seed {seed}" for seed in seeds), "SD"],
-        [[f"`{one['first']}` − `{one['second']}`", *_difference_cells(one, seeds)] for one in found],
-    )
+    yield differences.table({(one["first"], one["second"]): one["difference"] for one in found})
 
 
 def verdict_sentence(name: str, one: Mapping[str, Any]) -> str:
@@ -117,20 +114,7 @@ def verdict_sentence(name: str, one: Mapping[str, Any]) -> str:
 
 
 def _hypothesis_row(name: str, one: Mapping[str, Any], seeds: Sequence[str]) -> list[str]:
-    return [name, f"`{one['better']}` − `{one['worse']}`", one["state"], *_difference_cells(one, seeds)]
-
-
-def _difference_cells(one: Mapping[str, Any], seeds: Sequence[str]) -> list[str]:
-    """Mean, both intervals, the difference at each seed, and their standard deviation."""
-    found = one["difference"] or {}
-    return [
-        shown.signed(found.get("mean")), *(shown.interval(found.get(kind)) for kind in ("documents", "over_seeds")),
-        *(shown.signed(_seeds(one).get(seed)) for seed in seeds), shown.loss(found.get("sd")),
-    ]  # fmt: skip
-
-
-def _seeds(one: Mapping[str, Any]) -> dict[str, float]:
-    return one["difference"]["by_seed"] if one["difference"] else {}
+    return [name, f"`{one['better']}` − `{one['worse']}`", one["state"], *differences.cells(one["difference"], seeds)]
 
 
 def core_section(summary: Summary, plots: Mapping[str, str]) -> Iterable[str]:

@@ -37,7 +37,7 @@ arms:
   rows_1000: {label: 1000 rows, group: sweep, sweeps: {bank size: "1,000"}, bank: real, seeds: [1]}
   layer_2: {label: layer 2, group: sweep, sweeps: {donor layer: "2"}, bank: real, seeds: [1]}
   layer_9: {label: layer 9, group: sweep, sweeps: {donor layer: "9"}, bank: real, seeds: [1]}
-  tuned: {label: best learning rate, group: round, bank: real}
+  tuned: {label: best learning rate, group: round, varies: sum, bank: real}
 pairs:
   - {first: sum_shuffled, second: none}
 hypotheses:

@@ -99,6 +99,22 @@ def test_a_sweeps_lines_ascend_and_tell_what_the_varied_thing_did(tmp_path: Path
     assert rows[2][column] == "–"
 
 
+def test_what_was_tuned_is_told_in_full_and_on_every_other_text(tmp_path: Path) -> None:
+    page = compare(tmp_path, [make_record(arm, seed) for arm in ("none", "sum", "tuned") for seed in (1, 2, 3)])
+    told = json.loads((tmp_path / "results" / "arms" / "summary.json").read_text())["round"]
+    lines = [line.strip("| ").split(" | ") for line in section(page, "After tuning").splitlines()]
+    in_full, elsewhere = (line for line in lines if line[0] == "`tuned` − `sum`")
+    found = told["arms"]["tuned"]["minus"]["sum"]
+    seeds = [signed(found["by_seed"][seed]) for seed in ("1", "2", "3")]
+    assert in_full[1:3] == [signed(found["mean"]), interval(found["documents"])] and in_full[4:7] == seeds
+    varied, baseline = told["pairs"]
+    assert (varied["second"], baseline["second"]) == ("sum", "none")
+    assert list(varied["texts"]) == ["untouched", "heldout", "email"]
+    means = [signed(varied["texts"][text]["mean"]) for text in ("heldout", "email")]
+    assert [cell.strip("*") for cell in elsewhere[1:]] == means
+    assert [line for line in lines if line[0] == "`tuned` − `none`"]
+
+
 @pytest.mark.parametrize(
     "values",
     [
