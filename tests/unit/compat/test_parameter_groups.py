@@ -57,9 +57,9 @@ def groups_of(multipliers: dict[str, Multipliers], min_lr: float | None) -> dict
 
 
 def rates(lr_mult: float, min_lr: float | None, wd_mult: float) -> dict[str, Any]:
-    """What a group has whose rates are its own."""
+    """What a group has whose rates are its own. One with the run's learning rate may stand for it in the log."""
     lowest = None if min_lr is None else min_lr * lr_mult
-    return {"max_lr": 1e-3 * lr_mult, "min_lr": lowest, "wd_mult": wd_mult, "default_config": False}
+    return {"max_lr": 1e-3 * lr_mult, "min_lr": lowest, "wd_mult": wd_mult, "default_config": lr_mult == 1}
 
 
 def megatrons(min_lr: float | None, wd_mult: float) -> dict[str, Any]:
@@ -89,6 +89,14 @@ def test_sites_have_a_rate_of_their_own_and_the_decay_that_megatron_gives_each_p
     for name in ("table", "rows", "matrix"):
         assert found[name] == megatrons(1e-4, 1.0)
     assert found["norm"] == megatrons(1e-4, 0.0)
+
+
+@pytest.mark.parametrize("wd_mult", [0.0, 1.0])
+def test_who_has_the_rates_of_another_group_is_in_that_one(wd_mult: float) -> None:
+    """Two groups of the same rates would be taken for each other when a checkpoint is loaded."""
+    found = run_isolated(groups_of, {TABLE_RATE: Multipliers(lr=1.0, wd=wd_mult)}, 1e-4)
+    assert found["groups"] == 2
+    assert found["table"] == megatrons(1e-4, wd_mult)
 
 
 def test_without_rates_of_their_own_the_groups_are_megatrons() -> None:
