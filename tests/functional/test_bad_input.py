@@ -141,8 +141,12 @@ def test_what_does_not_fit_stops_the_script_before_any_process_is_launched(
 
 
 def build_bank(world: World, donor: Path, output: Path, *flags: Any) -> Printed:
-    command = [sys.executable, REPOSITORY / "tools" / "build_bank.py", "--data-prefix", world.data]
-    command += ["--tokenizer-model", world.tokenizer, "--donor", donor, "--output", output, *flags]
+    sources = ("--data-prefix", world.data, "--tokenizer-model", world.tokenizer, "--donor", donor)
+    return run_build_bank(*sources, "--output", output, *flags)
+
+
+def run_build_bank(*flags: Any) -> Printed:
+    command = [sys.executable, REPOSITORY / "tools" / "build_bank.py", *flags]
     finished = subprocess.run([str(word) for word in command], capture_output=True, text=True)
     return Printed(code=finished.returncode, error=finished.stderr)
 
@@ -177,11 +181,8 @@ def test_a_build_that_does_not_fit_the_disk_is_refused_before_it_starts(
     assert os.listdir(small_disk) == []
 
 
-def test_a_disk_that_is_full_while_a_bank_is_written_leaves_nothing(
-    world: World, donor: Path, small_disk: Path
-) -> None:
-    flags = ("--from-bank", world.bank, "--control", "shuffled")
-    refused = build_bank(world, donor, small_disk / "bank", *flags)
+def test_a_disk_that_is_full_while_a_bank_is_written_leaves_nothing(world: World, small_disk: Path) -> None:
+    refused = run_build_bank("--from-bank", world.bank, "--control", "shuffled", "--output", small_disk / "bank")
     refused.require(
         rf"{small_disk}/bank: could not be written: No space left on device \(got [\d,]+ bytes free\)\. Free space or"
     )
