@@ -2,9 +2,10 @@
 
 * A norm that may be used under sequence parallelism: the stock one refuses it, although all that is missing is the
   ``sequence_parallel`` tag that makes Megatron sum the parameter's gradient over the tensor-parallel group.
-* Core attention through torch's scaled-dot-product kernel; the stock one is unfused and slow on CPU. It has no
-  dropout, so a model with attention dropout keeps the stock module. Under context parallelism, which the stock one
-  refuses, it is :class:`~megatron_graft.compat.context_attention.ContextParallelAttention`.
+* Core attention through torch's scaled-dot-product kernel; the stock one is unfused and slow on CPU. It is a softmax
+  under a causal mask and nothing else, so a model with attention dropout, a window, scaling by layer or another softmax
+  keeps the stock module. Under context parallelism, which the stock one refuses, it is
+  :class:`~megatron_graft.compat.context_attention.ContextParallelAttention`.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.torch_norm import WrappedTorchNorm
 
 from megatron_graft.compat.context_attention import ContextParallelAttention
+from megatron_graft.errors import ConfigError
 
 
 class TaggedTorchNorm:
@@ -70,12 +72,30 @@ def complete_local_spec(spec: Any, config: Any) -> Any:
     Args:
         spec: Megatron's, of layers or of a block.
         config: Megatron's ``TransformerConfig``.
+
+    Raises:
+        ConfigError: the norms' weights are to be kept less one, which those of torch know nothing of.
     """
+    if config.layernorm_zero_centered_gamma:
+        raise ConfigError(
+            "--apply-layernorm-1p", "is not known to the norms of --transformer-impl local",
+            remedy="Leave it out, or use Transformer Engine.",
+        )  # fmt: skip
     replacements: dict[Any, Any] = {WrappedTorchNorm: TaggedTorchNorm}
-    if config.attention_dropout == 0.0:
+    if _is_plain(config):
         one = config.context_parallel_size == 1
         replacements[DotProductAttention] = FusedCoreAttention if one else ContextParallelAttention
     return _replace(copy.deepcopy(spec), replacements)
+
+
+def _is_plain(config: Any) -> bool:
+    """Whether attention is softmax under a causal mask, without anything else."""
+    return (
+        config.attention_dropout == 0.0
+        and not config.apply_query_key_layer_scaling
+        and config.window_size is None
+        and config.softmax_type == "vanilla"
+    )
 
 
 def _replace(node: Any, replacements: dict[Any, Any]) -> Any:

@@ -48,11 +48,11 @@ class IndexedFiles:
         self.prefix, self.dtype = prefix, dtype
 
     def __enter__(self) -> Self:
-        self._scratch = contextlib.ExitStack()
-        with storage_errors(self.prefix):
-            directory = self._scratch.enter_context(scratch_beside(self.prefix))
-        self._bin, self._idx = directory / "bin", directory / "idx"
-        self._builder = _megatron_module().IndexedDatasetBuilder(str(self._bin), dtype=self.dtype.type)
+        with contextlib.ExitStack() as scratch, storage_errors(self.prefix):
+            directory = scratch.enter_context(scratch_beside(self.prefix))
+            self._bin, self._idx = directory / "bin", directory / "idx"
+            self._builder = _megatron_module().IndexedDatasetBuilder(str(self._bin), dtype=self.dtype.type)
+            self._scratch = scratch.pop_all()
         return self
 
     def add(self, tokens: np.ndarray, lengths: Sequence[int]) -> None:
@@ -81,8 +81,9 @@ class IndexedFiles:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._builder.data_file.close()
-        self._scratch.close()
+        # Closing writes what is still in a buffer: on a full disk it fails once more, after the error that says so.
+        with self._scratch, contextlib.suppress(OSError):
+            self._builder.data_file.close()
 
 
 def sizes_agree(prefix: Path | str) -> bool:

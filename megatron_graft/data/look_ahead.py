@@ -53,7 +53,7 @@ class LookAhead:
         fetchers: for each model chunk of this rank (one; in an interleaved pipeline one for each virtual stage) where
             its memory comes from, or None for a chunk that owns no memory site: its streams only read ahead.
         transfer: the way to the device.
-        depth: how many micro-batches of a stream may wait, at most.
+        depth: how many micro-batches of a stream may wait, at most, besides one in the hands of its thread.
     """
 
     def __init__(self, fetchers: Sequence[MemoryFetcher | None], transfer: Transfer, depth: int) -> None:
@@ -95,9 +95,13 @@ class LookAhead:
         return self.transfer.start(fetched.memory), fetched
 
     def hold(self, number: int, prepared: tuple[Any, Fetched] | None) -> None:
-        """Keep a yielded batch's memory until it is taken (training thread)."""
+        """Keep a yielded batch's memory until it is taken or dropped (training thread)."""
         if prepared is not None:
             self._tickets[number] = prepared
+
+    def drop(self, number: int | None) -> None:
+        """Let go of the memory of a batch that nobody took (training thread); taken after all, it is fetched again."""
+        self._tickets.pop(number, None)  # type: ignore[arg-type]
 
     def count(self, prepared: tuple[Any, Fetched] | None, stall_seconds: float) -> None:
         """Add a yielded micro-batch to the statistics (training thread)."""
@@ -144,6 +148,7 @@ class MicroBatchStream(Iterator[Batch]):
         self._queue: queue.Queue[Any] = queue.Queue(maxsize=look_ahead.depth)
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
+        self._last: int | None = None  # number of the batch yielded last
         # The thread holds no reference to the stream, so dropping the stream ends the thread.
         weakref.finalize(self, self._stop.set)
 
@@ -164,16 +169,12 @@ class MicroBatchStream(Iterator[Batch]):
             self._queue.put(item)
             raise StopIteration if item.error is None else item.error
         batch, prepared = item
-        self._look_ahead.hold(batch[SEQUENCE_NUMBER], prepared)
+        self._look_ahead.drop(self._last)  # not taken in an iteration that Megatron skips
+        self._last = batch[SEQUENCE_NUMBER]
+        self._look_ahead.hold(self._last, prepared)
         if self._counted:
             self._look_ahead.count(prepared, waited)
         return batch
-
-    def close(self) -> None:
-        """Stop the reading thread and wait for it."""
-        self._stop.set()
-        if self._thread is not None:
-            self._thread.join()
 
 
 def _read_ahead(

@@ -138,7 +138,7 @@ class MemoryLayout:
     Exchanges are numbered: those of :attr:`engrams` come first, those of :attr:`trained` follow.
 
     Attributes:
-        partition: the rank's place among the tensor-parallel ranks.
+        partition: the rank's place among the tensor- and context-parallel ranks.
         banks: numbers of the banks that are looked up, ascending.
         grafts: what is gathered.
         engrams: what is exchanged of hashed tables, by layer.

@@ -5,7 +5,7 @@ tensors only: a replay of the forward pass then sees the memory of *its* micro-b
 host must know to start a collective, the number of table rows that go to and come from each rank, travels beside it as
 a tensor that stays on the host (``context_mask``), so that nobody asks a device for a number.
 
-Shapes: B sequences, S positions of the whole sequence, s positions of this rank, P = B * s, R bytes of a gathered row,
+Shapes: B sequences, c positions of this context-parallel rank, s of this rank, P = B * s, R bytes of a gathered row,
 h of K heads of a hashed table that this rank reads (K = 1 for rows trained under a bank's keys), E exchanges of this
 rank (of hashed tables, then of trained rows), T tensor-parallel ranks.
 
@@ -20,7 +20,7 @@ inverse.<bank> int32     [B, s]      index of the position's row, in ``rows`` or
 reads.<e>      int32     [B, s, h]   for a hashed table: index of each head's row among the received ones, from 1; 0
                                      reads nothing
 rows.<g>       uint8     [P + 1, R]  row 0 is zero; then the distinct rows of the micro-batch, then unspecified
-requests.<e>   int32     [B * S * K] rows of this rank's share of a table, for each rank in turn those that it asks
+requests.<e>   int32     [B * c * K] rows of this rank's share of a table, for each rank in turn those that it asks
                                      for, ascending and distinct; then unspecified
 ============== ========= =========== =============================================================================
 

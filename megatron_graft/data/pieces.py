@@ -88,10 +88,17 @@ def huggingface_table(path: Path, vocabulary: dict[str, int]) -> PieceTable:
         elif piece == unknown:
             bytes_of_ids[token] = None
         elif byte_of_character is not None:
-            bytes_of_ids[token] = bytes(byte_of_character[character] for character in piece)
+            bytes_of_ids[token] = _byte_level_bytes(piece, byte_of_character)
         else:
             bytes_of_ids[token] = _metaspace_bytes(piece, "ByteFallback" in kinds)
     return PieceTable(bytes_of_ids)
+
+
+def _byte_level_bytes(piece: str, byte_of_character: dict[str, int]) -> bytes | None:
+    """None for a piece that no text becomes: a placeholder's characters stand for no bytes."""
+    if not byte_of_character.keys() >= set(piece):
+        return None
+    return bytes(byte_of_character[character] for character in piece)
 
 
 def _metaspace_bytes(piece: str, byte_fallback: bool) -> bytes:

@@ -39,7 +39,7 @@ class TextTokenizer(Protocol):
         vocab_size: number of ids, before Megatron pads it.
         eod: id of the token that ends a document.
         fingerprint: hex SHA-256 over the kind and the file's bytes.
-        num_bytes_of_ids: int32 ``[vocab_size]``, UTF-8 bytes each id stands for (0 for special tokens).
+        num_bytes_of_ids: int32 ``[largest id + 1]``, UTF-8 bytes each id stands for (0: none).
     """
 
     @property

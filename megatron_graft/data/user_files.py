@@ -46,8 +46,11 @@ def sources_of_files(paths: Sequence[Path], flag: str, json_key: str = DEFAULT_J
             opener = partial(_lines, path, name, json_key)
             origin = f"sha256:{sha256_of_file(path)}, key {json_key}"
             sources.append(Source(name=name, origin=origin, documents=opener))
+    names = {source.name for source in sources} | {str(directory.relative_to(parent)) for directory in texts}
     for directory, files in texts.items():
-        name = str(directory.relative_to(parent)) if directory != parent else directory.name
+        name = str(directory.relative_to(parent))  # "." for the common parent, which is better called by its name
+        if directory == parent and directory.name not in names:
+            name = directory.name
         sources.append(Source(name=name, origin=_digest_of_all(files), documents=partial(_whole_files, files, parent)))
     return sources
 

@@ -42,7 +42,7 @@ class RowReader(MegatronModule):  # type: ignore[misc]
         config: Megatron's ``TransformerConfig``.
         width: elements of a whole row.
         columns: (first, end) of those that this rank reads.
-        partition: this rank's place among the tensor-parallel ranks.
+        partition: this rank's place among the tensor- and context-parallel ranks.
         seed: of the site's random numbers.
         part: name of the memory within the site.
     """

@@ -28,6 +28,7 @@ import torch
 import torch.nn.functional as F
 from megatron.core.tensor_parallel.mappings import reduce_from_tensor_model_parallel_region
 from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.utils import ensure_metadata_has_dp_cp_group
 
 from megatron_graft.compat.parameter_groups import SITE_RATE, TABLE_ATTRIBUTE
 from megatron_graft.data.memory_layout import MemoryLayout, SiteReading
@@ -187,7 +188,7 @@ class MemorySite(MegatronModule):  # type: ignore[misc]
         self, prefix: str = "", sharded_offsets: tuple[Any, ...] = (), metadata: dict[str, Any] | None = None
     ) -> dict[str, Any]:
         """Entries of all parameters, keyed and named ``prefix`` + name; see :mod:`megatron_graft.memory.layer`."""
-        groups = {"tp_group": self.tp_group, "dp_cp_group": (metadata or {})["dp_cp_group"]}
+        groups = {"tp_group": self.tp_group, "dp_cp_group": ensure_metadata_has_dp_cp_group(metadata)["dp_cp_group"]}
         entries = {
             f"{prefix}{name}": sharded_whole(f"{prefix}{name}", parameter, **groups)
             for name, parameter in self.named_parameters(recurse=False)

@@ -157,6 +157,10 @@ REFUSED = (
         why="a captured graph would replay one micro-batch",
     ),
     Refused(
+        dimension="models built without storage", flag="--init-model-with-meta-device",
+        applies=lambda args: args.init_model_with_meta_device, why="sites draw their values when built",
+    ),
+    Refused(
         dimension="Megatron FSDP", flag="--use-megatron-fsdp", applies=lambda args: args.use_megatron_fsdp,
         why="sites are not sharded for it",
     ),
@@ -245,6 +249,15 @@ REFUSED_DATA = (
         why="the local attention has neither with dropout", remedy="Set it to 0.",
     ),
     Refused(
+        dimension="context parallel or packed sequences, local attention that is more than softmax under a causal mask",
+        flag="--transformer-impl",
+        applies=lambda args: (args.context_parallel_size > 1 or args.dataloader_inter_document_masking)
+        and args.transformer_impl == "local"
+        and (args.apply_query_key_layer_scaling or args.window_size is not None or args.softmax_type != "vanilla"),
+        why="the local attention has neither with --apply-query-key-layer-scaling, --window-size or --softmax-type",
+        remedy="Leave these out, or use Transformer Engine.",
+    ),
+    Refused(
         dimension="multi-token prediction with sequence or context parallel or packed sequences, local layers",
         flag="--mtp-num-layers",
         applies=lambda args: args.mtp_num_layers
@@ -267,6 +280,13 @@ REFUSED_DATA = (
         dimension="other data loaders", flag="--dataloader-type",
         applies=lambda args: args.dataloader_type != "external",
         why="the iterator is megatron-graft's own",
+    ),
+    Refused(
+        dimension="skipped iterations with tensor parallel or an interleaved pipeline", flag="--iterations-to-skip",
+        applies=lambda args: args.iterations_to_skip
+        and (args.tensor_model_parallel_size > 1 or args.virtual_pipeline_model_parallel_size),
+        why="Megatron then draws the batches of the first tensor-parallel rank alone, and each rank here has its own",
+        remedy="Leave it out, and --result-rejected-tracker-filename, which adds to it.",
     ),
     Refused(
         dimension="fill-in-the-middle data", flag="--fim-data", applies=lambda args: args.fim_data,

@@ -141,6 +141,16 @@ def test_files_that_cannot_be_used_are_named_with_their_flag(tmp_path: Path) -> 
         sources_of_files([tmp_path / "latin.txt"] * 2, "--input")
 
 
+def test_directories_of_texts_have_different_names(tmp_path: Path) -> None:
+    inner = tmp_path / "a" / "a"
+    inner.mkdir(parents=True)
+    paths = [inner.parent / "1.txt", inner / "1.txt"]
+    for path in paths:
+        path.write_text("text")
+    assert [source.name for source in sources_of_files(paths[:1], "--input")] == ["a"]
+    assert [source.name for source in sources_of_files(paths, "--input")] == [".", "a"]
+
+
 def test_too_little_text_is_refused(tmp_path: Path) -> None:
     with pytest.raises(CorpusError, match="too little to hold anything out.*got 1 documents"):
         prepare_corpus(tmp_path / "out", [source("a", 1)])

@@ -102,7 +102,17 @@ def test_no_more_than_the_depth_is_read_ahead() -> None:
         time.sleep(0.01)
     time.sleep(0.3)  # long enough for a faulty thread to run on
     assert len(read) == 5  # one handed out, three waiting, one in the thread's hands
-    stream.close()
+
+
+def test_what_nobody_took_is_let_go_and_found_again_if_it_is_taken_after_all(bank: Bank) -> None:
+    look_ahead = look_ahead_over(bank)
+    first, second = look_ahead.stream(batches(6)), look_ahead.stream(batches(6))
+    passed = [next(first) for _ in range(5)]
+    waiting = next(second)
+    assert set(look_ahead._tickets) == {passed[-1][SEQUENCE_NUMBER], waiting[SEQUENCE_NUMBER]}
+    for batch in (*passed, waiting):
+        assert taken(look_ahead, batch).sequence_number == batch[SEQUENCE_NUMBER]
+    assert not look_ahead._tickets
 
 
 def test_an_error_of_the_loader_reaches_the_consumer_and_stays() -> None:

@@ -3,6 +3,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -29,6 +30,7 @@ from megatron_graft.errors import (
     StorageError,
 )
 from megatron_graft.log import get_logger
+from tests.helpers.forked import check_in_fork
 from tests.helpers.tokenizers import SENTENCES, TRICKY, small_byte_level, small_sentencepiece
 from tools import preprocess_data as command
 
@@ -190,6 +192,24 @@ def test_a_stop_while_publishing_leaves_no_index(
         preprocess.preprocess([text], tmp_path / "out", tokenizer)
     assert "out_text_document.idx" not in written_names(tmp_path)
     assert not is_complete(tmp_path / "out_text_document", tokenizer)
+
+
+def test_a_disk_that_fills_up_is_named_and_nothing_stays(tmp_path: Path) -> None:
+    """With the file system's own error, which closing the file would meet once more."""
+    indexed_files.indexed_dtype(9)  # imports Megatron, which writes files of its own
+
+    def fill() -> None:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+        with (
+            pytest.raises(StorageError, match="File too large"),
+            indexed_files.IndexedFiles(tmp_path / "out_text_document", np.dtype(np.uint16)) as files,
+        ):
+            for _ in range(100):
+                files.add(np.ones(1000, dtype=np.uint16), [1000])
+
+    check_in_fork(fill)
+    assert written_names(tmp_path) == []
 
 
 def test_megatrons_sample_index_of_replaced_data_is_dropped(

@@ -101,6 +101,16 @@ def test_special_and_impossible_ids_have_no_text(name: str, paths: dict[str, Pat
     assert tokenizer.num_bytes_of_ids.shape == (tokenizer.vocab_size,)
 
 
+def test_a_placeholder_of_characters_that_stand_for_no_bytes_has_no_text(tmp_path: Path) -> None:
+    directory = small_byte_level(tmp_path)
+    description = json.loads((directory / "tokenizer.json").read_bytes())
+    placeholder = len(description["model"]["vocab"]) + len(description["added_tokens"])
+    description["model"]["vocab"]["<\N{FULLWIDTH VERTICAL LINE}hole>"] = placeholder
+    (directory / "tokenizer.json").write_text(json.dumps(description), encoding="utf-8")
+    tokenizer = load_tokenizer(directory)
+    assert tokenizer.ngram_text([placeholder]) is None and tokenizer.num_bytes_of_ids[placeholder] == 0
+
+
 def test_a_tokenizer_json_is_found_by_its_directory_too(paths: dict[str, Path]) -> None:
     directory = paths["byte_level"]
     by_file = load_tokenizer(directory / "tokenizer.json")

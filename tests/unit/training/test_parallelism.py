@@ -30,6 +30,7 @@ PAGE = Path(__file__).resolve().parents[3] / "docs" / "parallelism.md"
 ASKED: dict[str, list[dict[str, Any]]] = {
     "--tensor-model-parallel-size": [{"tensor_model_parallel_size": 2, "num_experts": 4}],
     "--cuda-graph-impl": [{"cuda_graph_impl": "local"}, {"cuda_graph_impl": "transformer_engine"}],
+    "--init-model-with-meta-device": [{"init_model_with_meta_device": True}],
     "--use-megatron-fsdp": [{"use_megatron_fsdp": True}],
     "--use-torch-fsdp2": [{"use_torch_fsdp2": True}],
     "--fp16": [{"fp16": True}],
@@ -50,6 +51,15 @@ ASKED: dict[str, list[dict[str, Any]]] = {
     "--attention-dropout": [
         {"attention_dropout": 0.1, "context_parallel_size": 2, "transformer_impl": "local"},
         {"attention_dropout": 0.1, "dataloader_inter_document_masking": True, "transformer_impl": "local"},
+    ],
+    "--transformer-impl": [
+        {"apply_query_key_layer_scaling": True, "context_parallel_size": 2},
+        {"window_size": (8, 0), "dataloader_inter_document_masking": True},
+        {"softmax_type": "learnable", "context_parallel_size": 2},
+    ],
+    "--iterations-to-skip": [
+        {"iterations_to_skip": [3], "tensor_model_parallel_size": 2, "sequence_parallel": True},
+        {"iterations_to_skip": [3], "virtual_pipeline_model_parallel_size": 2},
     ],
     "--mtp-num-layers": [
         {"mtp_num_layers": 1, "tensor_model_parallel_size": 2, "sequence_parallel": True},
@@ -167,6 +177,9 @@ def test_what_the_data_iterator_cannot_serve_is_refused_even_without_a_memory(
         {"context_parallel_size": 2},
         {"context_parallel_size": 2, "attention_dropout": 0.1, "transformer_impl": "transformer_engine"},
         {"attention_dropout": 0.1, "transformer_impl": "local"},
+        {"apply_query_key_layer_scaling": True, "window_size": (8, 0), "softmax_type": "off-by-one"},
+        {"window_size": (8, 0), "context_parallel_size": 2, "transformer_impl": "transformer_engine"},
+        {"iterations_to_skip": [1, 3], "num_experts": 4},
         {"reset_attention_mask": True, "transformer_impl": "transformer_engine"},
         {"tensor_model_parallel_size": 2, "expert_tensor_parallel_size": 1},  # dense: there is no expert
     ],
