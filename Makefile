@@ -23,7 +23,8 @@ PYTHON_SOURCES := megatron_graft tools tests scripts setup.py
 CPP_SOURCES = $(shell find csrc -name '*.cpp' -o -name '*.hpp' -o -name '*.h')
 SHELL_SOURCES = .ci/run $(shell find scripts examples tools tests -name '*.sh' -o -name '*.sbatch')
 
-WITH_ARGS = $(if $(ARGS), ARGS="$(ARGS)")
+# Within single quotes of the shell, which ARGS may hold, too.
+WITH_ARGS = $(if $(ARGS), ARGS="$(subst ','\'',$(ARGS))")
 
 SHELL := bash
 .SHELLFLAGS := -eu -o pipefail -c
@@ -52,8 +53,9 @@ pretrain-baseline: native ## the same run with no memory, as runs/baseline
 	    bash examples/pretrain_graft_moe.sh $(ARGS)
 
 pretrain-shuffled: native ## the same run with the bank's rows shuffled among its keys, as runs/shuffled
-	@python tools/build_bank.py --from-bank work/bank --control shuffled --output work/bank-shuffled
-	@GRAFT_BANK=work/bank-shuffled RUN_NAME=shuffled RUN_COMMAND='make pretrain-shuffled$(WITH_ARGS)' \
+	@work="$${WORK_DIR:-work}"; python tools/build_bank.py --from-bank "$$work/bank" --control shuffled \
+	    --output "$$work/bank-shuffled"
+	@GRAFT_BANK="$${WORK_DIR:-work}/bank-shuffled" RUN_NAME=shuffled RUN_COMMAND='make pretrain-shuffled$(WITH_ARGS)' \
 	    bash examples/pretrain_graft_moe.sh $(ARGS)
 
 pretrain-engram: native ## the same run with trainable hashed tables instead of the bank, as runs/engram

@@ -23,7 +23,7 @@
 #   DONOR             packaged donor's name or a local causal-LM directory, for building the bank
 #   BANK_ARGUMENTS    further flags for tools/build_bank.py
 #   EVALUATION        what the finished run is evaluated on, NAME=PREFIX ... (default: the held-out text, and the foreign
-#                     one where it was made); "none": neither evaluated nor reported
+#                     one where it was made); one NAME must be "heldout". "none": neither evaluated nor reported
 #   RUN_NAME, RUNS_DIR, WORK_DIR, DEVICE (cpu or cuda)
 #   GRAFT_THREADS     of each process on the CPU (default: its share of the processors)
 #   RUN_COMMAND       what the report says the run was started by
@@ -39,6 +39,14 @@ read -ra GRAFT_LAYERS <<< "${GRAFT_LAYERS:-2 3}"
 read -ra ENGRAM_LAYERS <<< "${ENGRAM_LAYERS:-}"
 RUN_COMMAND="${RUN_COMMAND:-bash examples/pretrain_graft_moe.sh${*:+ $*}}" # for the report
 DEVICE="${DEVICE:-$(nvidia-smi -L > /dev/null 2>&1 && echo cuda || echo cpu)}"
+
+case " ${EVALUATION:-none} " in
+    " none " | *" heldout="*) ;;
+    *)
+        echo "error: EVALUATION: names no held-out text (got ${EVALUATION}; expected heldout=PREFIX among its words). Name the text to report on heldout, or set EVALUATION=none" >&2
+        exit 2
+        ;;
+esac
 
 # A checkout is used in place; from an installed package this file lies inside it and Python finds the rest.
 if [ -d "${HERE}/../megatron_graft" ]; then
@@ -59,6 +67,7 @@ PREPARE_ARGS=(--work-dir "${WORK_DIR}")
 [ -n "${TOKENIZER_VOCAB_SIZE:-}" ] && PREPARE_ARGS+=(--vocab-size "${TOKENIZER_VOCAB_SIZE}")
 [ -n "${GRAFT_BANK}" ] && PREPARE_ARGS+=(--bank "${GRAFT_BANK}")
 [ -n "${DONOR:-}" ] && PREPARE_ARGS+=(--donor "${DONOR}")
+OWN_TOKENIZER="${TOKENIZER_MODEL:-}" # which need not be that of the bank in WORK_DIR
 TOKENIZER_MODEL="${TOKENIZER_MODEL:-${WORK_DIR}/tokenizer/tokenizer.model}"
 if [ -n "${DATA_PATH:-}" ]; then
     read -ra BLEND <<< "${DATA_PATH}"
@@ -221,7 +230,8 @@ evaluate_and_report() { # in one process, whatever layout was trained
     [ -n "${DATA_PATH:-}" ] || [ ! -f "${FOREIGN_DATA}.idx" ] || EVALUATION_DATA+=("foreign=${FOREIGN_DATA}")
     [ -z "${EVALUATION:-}" ] || read -ra EVALUATION_DATA <<< "${EVALUATION}"
     local options=(--if-finished --data "${EVALUATION_DATA[@]}")
-    if [ "${GRAFT_BANK}" = none ] && [ -f "${WORK_DIR}/bank/bank.json" ]; then # comparable with the run that has it
+    if [ "${GRAFT_BANK}" = none ] && [ -f "${WORK_DIR}/bank/bank.json" ] && [ -z "${OWN_TOKENIZER}" ]; then
+        # comparable with the run that has it
         options+=(--classify-by "${WORK_DIR}/bank")
     fi
     forwarding_signals TERM tool evaluate "${RUN_DIR}" "${options[@]}"

@@ -21,6 +21,19 @@ def without_flags(flags: Collection[str], arguments: Iterable[str]) -> list[str]
     return kept
 
 
+def value_of(flag: str, arguments: Iterable[str]) -> str | None:
+    """The value of a flag in a command's arguments, the last one if it was given several times; None without it."""
+    value, is_next = None, False
+    for word in arguments:
+        if is_next:
+            value = word
+        name, joined, rest = word.partition("=")
+        is_next = name == flag and not joined
+        if name == flag and joined:
+            value = rest
+    return value
+
+
 def run_command(body: Callable[[], None]) -> int:
     """Run ``body``; return 0, or print ``error: ...`` on stderr and return :data:`EXIT_BAD_INPUT`."""
     try:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_graft.errors import StorageError
+from megatron_graft.log import get_logger
 
 _READ_BYTES = 1 << 22
 
@@ -74,7 +75,7 @@ def make_directory(path: Path) -> None:
     with storage_errors(path):
         try:
             path.mkdir(parents=True, exist_ok=True)
-        except (FileExistsError, NotADirectoryError) as error:
+        except (FileExistsError, NotADirectoryError, FileNotFoundError) as error:
             raise StorageError(
                 path, "is not a directory", expected="a directory, or a path where one can be made"
             ) from error
@@ -91,8 +92,24 @@ def alone_in(directory: Path) -> Iterator[None]:
     with storage_errors(directory):
         lock = (directory / ".lock").open("w")
     with lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+        take_lock(lock.fileno(), directory, wait=True)
         yield
+
+
+def take_lock(descriptor: int, path: Path, *, alone: bool = True, wait: bool = False) -> bool:
+    """Lock an open file until it is closed; False if another process has it and ``wait`` is not set.
+
+    A file system without locks (NFS and Lustre can be mounted so) is used all the same, with a warning that names
+    ``path``.
+    """
+    kind = fcntl.LOCK_EX if alone else fcntl.LOCK_SH
+    try:
+        fcntl.flock(descriptor, kind if wait else kind | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        get_logger().warning("%s: cannot be locked (%s); others that work there go unnoticed", path, error.strerror)
+    return True
 
 
 def sync_directory(path: Path) -> None:
@@ -106,8 +123,8 @@ def sync_directory(path: Path) -> None:
 
 def write_bytes_atomically(path: Path, data: bytes) -> None:
     """Write a file under a temporary name, flush it, and rename it into place."""
+    make_directory(path.parent)
     with storage_errors(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
         descriptor, temporary = tempfile.mkstemp(prefix=scratch_prefix(path), dir=path.parent)
         try:
             with os.fdopen(descriptor, "wb") as stream:
@@ -139,7 +156,7 @@ def scratch_beside(path: Path) -> Iterator[Path]:
     A process killed outright leaves it; the next one that asks for one of the same ``path`` removes it. While somebody
     has it, it is locked.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_directory(path.parent)
     _remove_abandoned(path)
     while True:
         scratch = Path(tempfile.mkdtemp(prefix=scratch_prefix(path), dir=path.parent))

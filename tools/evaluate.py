@@ -16,9 +16,11 @@ from typing import Any
 if __package__ in (None, ""):  # run as a file from a checkout
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from megatron_graft.commands import run_command
+from megatron_graft.commands import run_command, value_of
 from megatron_graft.errors import ConfigError
 from megatron_graft.files import write_json_atomically
+
+NOT_FINISHED = "{}: training is not finished; run it again to resume. Not evaluated."
 
 
 def parse_arguments(argv: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
@@ -65,6 +67,18 @@ def _is_up_to_date(result_file: Path, asked: dict[str, Any]) -> bool:
     )
 
 
+def _has_steps_left(run_dir: Path) -> bool:
+    """Whether flags and files alone tell that a run is not at its last step: a job that must end soon asks this."""
+    try:
+        recorded = json.loads((run_dir / "run.json").read_text(encoding="utf-8"))["arguments"]
+    except (OSError, ValueError, KeyError):
+        return False  # evaluating says what is wrong
+    steps, saved = value_of("--train-iters", recorded), value_of("--save", recorded)
+    newest = Path(saved or ".") / "latest_checkpointed_iteration.txt"
+    done = newest.read_text().strip() if saved and newest.is_file() else "unknown"
+    return bool(steps and steps.isdecimal() and done.isdecimal() and int(done) < int(steps))
+
+
 def _print(name: str, result: dict[str, Any]) -> None:
     line = f"{name}: loss {result['loss']:.4f}, {result['bits_per_byte']:.4f} bits per byte"
     for bank, other in result.get("other_bank", {}).items():
@@ -92,6 +106,9 @@ def main(argv: list[str] | None = None) -> int:
         if arguments.if_finished and _is_up_to_date(arguments.run_dir / "evaluation.json", asked):
             print(f"{arguments.run_dir}: evaluated already")
             return
+        if arguments.if_finished and _has_steps_left(arguments.run_dir):
+            print(NOT_FINISHED.format(arguments.run_dir))
+            return
         from megatron_graft.compat import cpu
 
         cpu.install()
@@ -102,7 +119,7 @@ def main(argv: list[str] | None = None) -> int:
             other_banks={name: Path(path) for name, path in banks.items()}, memory_off=arguments.memory_off,
         )  # fmt: skip
         if result is None:
-            print(f"{arguments.run_dir}: training is not finished; run it again to resume. Not evaluated.")
+            print(NOT_FINISHED.format(arguments.run_dir))
             return
         result["asked"] = asked
         result["seconds"] = round(time.monotonic() - started, 1)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
 import sys
 import time
 from pathlib import Path
@@ -149,7 +148,7 @@ class Preparation:
 
 def _check_data(blend: list[str]) -> None:
     for item in blend:
-        if re.fullmatch(r"[\d.]+", item):  # a weight
+        if _is_number(item):  # a weight
             continue
         for path in (Path(f"{item}.bin"), Path(f"{item}.idx")):
             if not path.is_file():
@@ -157,6 +156,14 @@ def _check_data(blend: list[str]) -> None:
                     f"--data-path {item}", f"has no {path.name}", expected="the prefix of a Megatron data set",
                     remedy="Leave out .bin and .idx, or make it with tools/preprocess_data.py.",
                 )  # fmt: skip
+
+
+def _is_number(word: str) -> bool:
+    try:
+        float(word)
+    except ValueError:
+        return False
+    return True
 
 
 def _tool(name: str) -> list[str]:

@@ -35,8 +35,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--most-positions", type=int, default=MOST_POSITIONS, help="of a data set, looked up at most")
     parser.add_argument("--seed", type=int, default=0, help="of the random keys")
     parser.add_argument("--threads", type=int, default=1, help="of the lookups")
-    parser.add_argument("--output", type=Path, metavar="DIR", help="for report.json, report.md and coverage.png "
-                        "(default: BANK.report)")  # fmt: skip
+    parser.add_argument("--output", type=Path, metavar="DIR", help="for report.json, report.md and "
+                        "coverage.png (default: BANK.report; then BANK.{report,coverage}.json, too)")  # fmt: skip
     return parser
 
 
@@ -54,9 +54,10 @@ def _run(arguments: argparse.Namespace) -> None:
     if arguments.seed < 0:
         raise ConfigError("--seed", "is negative", got=arguments.seed, expected="0 or more")
     report = _measured(arguments)
-    write_report(arguments.bank, report)
-    if report["coverage"]:
-        write_coverage(open_bank(arguments.bank), coverages_of(report))
+    if arguments.output is None:  # beside the bank, where other commands look for them
+        write_report(arguments.bank, report)
+        if report["coverage"]:
+            write_coverage(open_bank(arguments.bank), coverages_of(report))
     output = arguments.output or arguments.bank.with_name(arguments.bank.name + ".report")
     write_bank_page(output, report)
     for table in (coverage_table(report), curve_table(report), stage_table(report)):

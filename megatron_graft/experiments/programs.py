@@ -24,6 +24,9 @@ def training_script() -> Path:
 
 def code_version() -> dict[str, str | bool | None]:
     """``commit`` of the checkout that this code lies in and whether files of it are ``changed``; None where unknown."""
+    top = _git("rev-parse", "--show-toplevel")
+    if top is None or Path(top) != PACKAGE.parent.resolve():  # installed into an environment inside another's checkout
+        return {"commit": None, "changed": None}
     commit, status = (_git(*words) for words in (("rev-parse", "HEAD"), ("status", "--porcelain")))
     return {"commit": commit, "changed": None if status is None else bool(status)}
 

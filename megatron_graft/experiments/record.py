@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -14,7 +13,7 @@ from megatron_graft.errors import ConfigError
 from megatron_graft.experiments.cost import backbone_flops, fetched_per_token, site_flops
 from megatron_graft.experiments.experiment import Experiment
 from megatron_graft.experiments.runs import Places, PlannedRun
-from megatron_graft.files import storage_errors
+from megatron_graft.files import make_directory, storage_errors, take_lock
 from megatron_graft.reporting.figures import LOSS, figures_of
 from megatron_graft.reporting.run_files import Run, read_json, read_run
 
@@ -69,13 +68,12 @@ def append_record(path: Path, record: Mapping[str, Any]) -> None:
     Raises:
         StorageError: it cannot be written.
     """
-    with storage_errors(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("ab") as stream:
-            fcntl.flock(stream, fcntl.LOCK_EX)
-            if stream.tell() and not path.read_bytes().endswith(b"\n"):
-                stream.write(b"\n")  # a killed writer left a line without its end
-            stream.write(json.dumps(record, separators=(",", ":")).encode() + b"\n")
+    make_directory(path.parent)
+    with storage_errors(path), path.open("ab") as stream:
+        take_lock(stream.fileno(), path, wait=True)
+        if stream.tell() and not path.read_bytes().endswith(b"\n"):
+            stream.write(b"\n")  # a killed writer left a line without its end
+        stream.write(json.dumps(record, separators=(",", ":")).encode() + b"\n")
 
 
 def rounded(value: Any) -> Any:

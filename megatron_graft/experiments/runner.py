@@ -9,7 +9,6 @@ another one has in hand is passed over.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import os
 import shutil
 import signal
@@ -28,7 +27,7 @@ from megatron_graft.experiments.programs import code_version, tool_command, trai
 from megatron_graft.experiments.record import PLAN_FILE, append_record, make_record
 from megatron_graft.experiments.records import finished_runs
 from megatron_graft.experiments.runs import Places, PlannedRun, changed_flags
-from megatron_graft.files import make_directory, storage_errors, write_json_atomically
+from megatron_graft.files import make_directory, storage_errors, take_lock, write_json_atomically
 from megatron_graft.log import format_seconds, get_logger
 from megatron_graft.reporting.run_files import read_json
 
@@ -229,12 +228,7 @@ def _in_hand(directory: Path) -> Iterator[int | None]:
     with storage_errors(directory):
         file = (directory / _LOCK).open("w")
     with file as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            yield None
-        else:
-            yield lock.fileno()
+        yield lock.fileno() if take_lock(lock.fileno(), directory) else None
 
 
 def _is_trained(directory: Path, steps: int) -> bool:

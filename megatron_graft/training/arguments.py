@@ -60,8 +60,9 @@ def _add_site_arguments(group: argparse._ArgumentGroup) -> None:
     )  # fmt: skip
     group.add_argument(
         "--graft-adopt-checkpoint", action="store_true",
-        help="Let --load read a model trained without memory, or with another: what the run has and the checkpoint "
-        "lacks starts fresh, what only the checkpoint has is left. Needs --finetune or --no-load-optim.",
+        help="Begin from a model trained without memory, or with another of the same sizes: what the run has and the "
+        "checkpoint lacks starts fresh, what only the checkpoint has is left. Needs one of --pretrained-checkpoint "
+        "(which a run that has saved no longer reads), --finetune and --no-load-optim.",
     )  # fmt: skip
 
 
@@ -232,7 +233,6 @@ def graft_settings(args: argparse.Namespace) -> GraftSettings:
     if not args.engram_layers:
         _refuse_table_flags(args)
     check_settings(settings, args.num_layers)
-    _check_adoption(settings, args)
     if settings.has_sites:
         check_site_flags(args)
     return settings
@@ -287,11 +287,3 @@ def _engram_settings(args: argparse.Namespace) -> EngramSettings:
         lr_mult=args.engram_lr_mult,
         wd_mult=args.engram_wd_mult,
     )
-
-
-def _check_adoption(settings: GraftSettings, args: argparse.Namespace) -> None:
-    if settings.adopt_checkpoint and not (args.finetune or args.no_load_optim):
-        raise ConfigError(
-            "--graft-adopt-checkpoint", "cannot take the optimizer state of other parameters along",
-            remedy="Add --finetune (start at step 0) or --no-load-optim.",
-        )  # fmt: skip

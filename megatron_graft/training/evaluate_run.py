@@ -15,7 +15,7 @@ from megatron.training.checkpointing import load_checkpoint
 from megatron.training.initialize import initialize_megatron
 
 from megatron_graft.bank.reader import open_bank
-from megatron_graft.commands import without_flags
+from megatron_graft.commands import value_of, without_flags
 from megatron_graft.compat.parameter_groups import TABLE_ATTRIBUTE
 from megatron_graft.data.tokenizer import TextTokenizer
 from megatron_graft.errors import ConfigError
@@ -45,6 +45,8 @@ _OF_MANY = (
     "--tp-comm-overlap", "--hierarchical-context-parallel-sizes", "--num-distributed-optimizer-instances",
     "--step-batch-size-schedule", "--rampup-batch-size", "--eval-micro-batch-size", "--eval-global-batch-size",
 )  # fmt: skip
+# What the run began from, which need not be what it saved.
+_BEGINNING = ("--load", "--ckpt-step", "--pretrained-checkpoint", "--finetune", "--graft-adopt-checkpoint")
 
 
 def evaluate_run(
@@ -79,7 +81,7 @@ def evaluate_run(
             cannot stand in the run's place, which may also be an ``IdentityError`` or a ``BankError``.
     """
     _check_names(memory_off or [], data)
-    sys.argv = ["evaluate", *without_flags(_OF_MANY, _recorded_arguments(run_dir)), *_ONE_PROCESS, *extra]
+    sys.argv = ["evaluate", *_flags_of_one_process(_recorded_arguments(run_dir)), *extra]
     _single_process_environment()
     args, settings, memory = parse_arguments()
     checkpoint = checkpoint_to_load(args)
@@ -129,6 +131,13 @@ def _recorded_arguments(run_dir: Path) -> list[str]:
         )  # fmt: skip
     arguments = json.loads(path.read_text(encoding="utf-8"))["arguments"]
     return [str(argument) for argument in arguments]
+
+
+def _flags_of_one_process(recorded: list[str]) -> list[str]:
+    """A run's flags for the model that it saved, in one process; of a run that saved nothing, what it began from."""
+    saved = value_of("--save", recorded)
+    kept = without_flags((*_OF_MANY, *(_BEGINNING if saved else ())), recorded)
+    return [*kept, *(["--load", saved] if saved else []), *_ONE_PROCESS]
 
 
 def _check_names(memory_off: list[str], data: dict[str, str]) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from megatron_graft.errors import IdentityError
+from megatron_graft.errors import ConfigError, IdentityError
 from megatron_graft.memory.site import SiteConfig
 from megatron_graft.training.checkpoint import Checkpoint
 from megatron_graft.training.memory_setup import RunEngram, RunMemory
@@ -73,6 +73,7 @@ def check_checkpoint_identity(
     ``--graft-adopt-checkpoint`` a difference is what is wanted: then what either side lacks is passed over.
 
     Raises:
+        ConfigError: another memory's checkpoint would be adopted with its optimizer state.
         IdentityError: the checkpoint was trained with another memory (or with one where this run has none, or the
             other way round), or has a format that does not tell.
     """
@@ -90,6 +91,13 @@ def check_checkpoint_identity(
     if saved == identity:
         return
     if args.graft_adopt_checkpoint:
+        if not checkpoint.only_weights:
+            raise ConfigError(
+                "--graft-adopt-checkpoint", "cannot take the optimizer state of other parameters along",
+                got=checkpoint.flag,
+                remedy="Give that checkpoint as --pretrained-checkpoint, and --load the run's own; or add --finetune "
+                "(start at step 0) or --no-load-optim.",
+            )  # fmt: skip
         args.dist_ckpt_strictness = "log_all"
         return
     adopt = "or add --graft-adopt-checkpoint to start from its other parameters"

@@ -55,6 +55,19 @@ def test_its_next_loss_is_the_stock_models(
     assert go_on(tmp_path / "from-its-own", own, adopted.checkpoints, STEPS + 1).losses == {STEPS + 1: next_loss}
 
 
+def test_a_run_that_adopts_a_pretrained_checkpoint_goes_on_from_its_own(
+    world: World, stock: Finished, tmp_path: Path
+) -> None:
+    """As a job that Slurm puts back into the queue: the same flags again."""
+    own = ("--load", tmp_path / "own", "--save", tmp_path / "own", "--pretrained-checkpoint", stock.checkpoints)
+    flags = [*world_flags(world, "exclusive"), "--graft-adopt-checkpoint", *own, "--train-iters", 4]
+    first = launch(tmp_path / "first", [*flags, "--exit-interval", 2]).require_success()
+    second = launch(tmp_path / "second", flags).require_success()
+    whole = launch(tmp_path / "whole", [*flags, "--load", tmp_path / "none", "--save", tmp_path / "whole"])
+    assert first.losses | second.losses == whole.require_success().losses
+    assert (list(first.losses), list(second.losses)) == ([1, 2], [3, 4])
+
+
 def test_and_back_again(world: World, adopted: Finished, next_loss: float, tmp_path: Path) -> None:
     back = go_on(tmp_path / "back", [*world.flags(), *ADOPT], adopted.checkpoints, STEPS + 1)
     assert back.losses == {STEPS + 1: next_loss}

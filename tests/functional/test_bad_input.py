@@ -19,6 +19,7 @@ from tests.helpers.building import save_llama
 from tests.helpers.main_job import Job, run_script
 from tests.helpers.tiny_run import World, make_world
 from tests.helpers.tokenizers import small_sentencepiece
+from tools import prepare_run
 
 pytestmark = [pytest.mark.slow, pytest.mark.functional]
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -103,6 +104,12 @@ class Given:
 def no_data(world: World, scratch: Path) -> Given:
     message = rf"--data-path {world.data}\.bin: has no {world.data.name}\.bin\.bin \(expected .*\)\. Leave out \.bin"
     return Given(data=Path(f"{world.data}.bin"), tokenizer=world.tokenizer, bank=world.bank, message=message)
+
+
+def test_weights_of_a_blend_are_no_data_sets(tmp_path: Path) -> None:
+    for suffix in ("bin", "idx"):
+        (tmp_path / f"a.{suffix}").touch()
+    prepare_run._check_data(["3e-1", str(tmp_path / "a"), ".7", str(tmp_path / "a")])
 
 
 def half_a_bank(world: World, scratch: Path) -> Given:

@@ -269,6 +269,7 @@ def test_submitting_a_build_refuses_what_cannot_work(tmp_path: Path) -> None:
         (("work",), {"GRAFT_MAX_TASKS": "0"}, "GRAFT_MAX_TASKS: not a number of tasks (got 0"),
         (("work",), {}, f"{tmp_path / 'work'}: has no plan. Give the flags"),
         (("work", "--num-rows", 10), {}, "error: --data-prefix: is missing"),
+        (("work", "--work-dir", "other"), {}, "error: --work-dir: is WORK_DIR, given first"),
     ]
     for arguments, variables, message in cases:
         code, errors = call(tmp_path, "submit_build.sh", *arguments, **variables)

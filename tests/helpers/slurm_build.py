@@ -27,7 +27,7 @@ def stop_or_rename(source, target, **options):
     name = "-".join(pathlib.Path(target).parts[-2:])
     reached = notes / ("reached-" + name)
     if name in os.environ.get("GRAFT_TEST_STOPS", "").split() and not reached.exists():
-        reached.write_text(str(os.getpid()) + " " + os.environ["SLURM_JOB_ID"])
+        reached.write_text(str(os.getpid()) + "\\n")
         time.sleep(600)
     rename(source, target, **options)
 

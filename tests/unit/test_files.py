@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -15,11 +16,14 @@ from megatron_graft.files import (
     alone_in,
     canonical_json,
     directory_in_one_step,
+    scratch_beside,
     sha256_of_file,
     storage_errors,
+    take_lock,
     write_bytes_atomically,
     write_json_atomically,
 )
+from megatron_graft.log import get_logger
 
 
 def test_sha256_of_file_is_that_of_its_bytes(tmp_path):
@@ -116,6 +120,32 @@ def test_who_wants_to_be_alone_in_a_directory_waits(tmp_path: Path) -> None:
         entered.append("first")
     thread.join(10)
     assert entered == ["first", "second"]
+
+
+def test_a_file_system_without_locks_is_used_all_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    monkeypatch.setattr(get_logger(), "propagate", True)
+    with alone_in(tmp_path / "work"):
+        pass
+    assert f"{tmp_path / 'work'}: cannot be locked (Function not implemented)" in caplog.text
+
+
+def test_a_lock_that_another_has_is_not_taken(tmp_path: Path) -> None:
+    with (tmp_path / "lock").open("w") as mine, (tmp_path / "lock").open("w") as theirs:
+        assert take_lock(mine.fileno(), tmp_path) and not take_lock(theirs.fileno(), tmp_path)
+
+
+@pytest.mark.parametrize("write", [write_json_atomically, lambda path, _: scratch_beside(path).__enter__()])
+def test_nothing_is_written_below_a_file(tmp_path: Path, write: Callable[[Path, int], object]) -> None:
+    (tmp_path / "file").write_text("x")
+    for path in (tmp_path / "file" / "inside", tmp_path / "file" / "deep" / "inside"):
+        with pytest.raises(StorageError, match="is not a directory"):
+            write(path, 1)
 
 
 def test_nobody_is_alone_in_a_file(tmp_path: Path) -> None:

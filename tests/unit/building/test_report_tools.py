@@ -44,10 +44,13 @@ def other_prefix(recipient: TextTokenizer, tmp_path_factory: pytest.TempPathFact
 def test_a_report_adds_to_what_the_build_measured(
     bank: Path, recipient: TextTokenizer, other_prefix: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    built = json.loads(bank.with_name("bank.report.json").read_text())
+    beside = [bank.with_name(f"bank.{name}.json") for name in ("report", "coverage")]
+    before = [path.read_bytes() for path in beside]
+    built = json.loads(before[0])
     output = tmp_path / "report"
     arguments = [str(bank), "--data", f"heldout={other_prefix}", "--tokenizer-model", str(recipient.path)]
     assert report_bank.main([*arguments, "--output", str(output)]) == 0
+    assert [path.read_bytes() for path in beside] == before, "the bank may lie where nobody may write"
     printed = capsys.readouterr().out
     report = json.loads((output / "report.json").read_text())
     assert set(report["coverage"]) == {"train", "heldout"}
@@ -58,7 +61,9 @@ def test_a_report_adds_to_what_the_build_measured(
     for key in report["keys"]["random"]:
         assert key["text"] == recipient.ngram_text(key["ids"])
     assert (output / "coverage.png").is_file() and "# Bank `bank`" in (output / "report.md").read_text()
-    coverage = json.loads(bank.with_name("bank.coverage.json").read_text())
+    assert report_bank.main(arguments) == 0
+    assert bank.with_name("bank.report").joinpath("report.json").is_file()
+    coverage = json.loads(beside[1].read_text())
     assert set(coverage["data_sets"]) == {"train", "heldout"} and coverage["bank"] == open_bank(bank).digest
 
 

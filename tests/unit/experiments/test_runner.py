@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 import signal
 import subprocess
@@ -65,6 +66,8 @@ def test_what_a_killed_runner_leaves_running_is_not_begun_a_second_time(root: Pa
     begin_and_kill(root)
     assert "engram-seed1: another process works on it" in start(root).communicate(timeout=60)[0]
     os.killpg(int((root / "pid").read_text()), signal.SIGKILL)
+    with (root / "runs" / "engram-seed1" / ".lock").open() as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # on a busy machine a killed process dies late
     (root / "train.sh").write_text("exit 3\n")
     assert "its training ended with exit code 3" in start(root).communicate(timeout=60)[0]
 

@@ -206,7 +206,6 @@ def test_a_run_may_have_banks_and_tables_in_the_same_layers_or_in_others() -> No
         (["--bank-rows", "5"], r"--bank-rows: was given without a bank \(got 5\)"),
         (["--bank-node-copy", "local"], r"--bank-node-copy: was given without a bank \(got local\)"),
         (["--bank-huge-pages"], r"--bank-huge-pages: was given without a bank"),
-        ([*WITH_BANK, "--graft-adopt-checkpoint"], r"--graft-adopt-checkpoint: cannot take .*--finetune"),
         (["--graft-rows", "fresh"], r"--graft-rows: was given without a bank \(got fresh\). Add --graft-bank"),
         ([*WITH_TABLES, "--graft-rows", "trained"], r"--graft-rows: was given without a bank"),
         ([*WITH_BANK, "--graft-rows-lr-mult", "2"], r"--graft-rows-lr-mult: was given without rows .*got 2.*fresh, or"),
@@ -256,11 +255,6 @@ def test_a_word_that_is_no_choice_is_refused_by_the_parser(argv: list[str], caps
     with pytest.raises(SystemExit):
         parser().parse_args(argv)
     assert argv[0] in capsys.readouterr().err
-
-
-def test_adopting_needs_a_fresh_optimizer() -> None:
-    for way_out in ({"finetune": True}, {"no_load_optim": True}):
-        assert graft_settings(namespace([*WITH_BANK, "--graft-adopt-checkpoint"], **way_out)).adopt_checkpoint
 
 
 def test_settings_say_all_that_the_flags_do() -> None:
