@@ -271,6 +271,7 @@ def _provenance(experiment: Experiment, records: Records) -> dict[str, Any]:
         "finished": len(runs),
         "planned": sum(len(arm.seeds) for arm in experiment.arms.values()),
         "commits": sorted({str(run["commit"]) for run in runs if run.get("commit")}),
+        "changed": sum(bool(run.get("changed")) for run in runs),
         "machines": sorted({f"{one['cpu']}, {one['cores']} cores" for one in machines if "cpu" in one}),
         "training_seconds": sum(one.get("training") or 0.0 for one in seconds),
         "evaluation_seconds": sum(one.get("evaluation") or 0.0 for one in seconds),

@@ -190,7 +190,10 @@ def further_section(summary: Summary) -> Iterable[str]:
     if not arms:
         return
     yield "## Further arms"
-    yield "No hypothesis was fixed about these. One seed cannot show that a difference would come again with another."
+    yield (
+        "No hypothesis was fixed about these. Differences are over the seeds that both arms have; one seed cannot show "
+        "that a difference would come again with another."
+    )
     references = summary["references"]
     heads = [
         "arm",
@@ -267,18 +270,19 @@ def round_section(summary: Summary) -> Iterable[str]:
     yield "## After tuning"
     yield (
         f"These arms were chosen after a look at the results above; they are judged on `{text}`, by which no choice "
-        f"was made. Loss of the arm of a line minus that of the arm of a column; {shown.BOLD}."
+        "was made. Beside them the core's arms, with the settings that these had before."
     )
     rows = [
         [
-            f"`{name}`", shown.seeds_of(summary["arms"][name]), shown.with_sd(arm["loss"]),
-            *(shown.marked(arm["minus"].get(other)) for other in arms),
+            f"`{name}`: {summary['arms'][name]['label']}",
+            shown.seeds_of(summary["arms"][name]),
+            shown.with_sd(arm["loss"]),
         ]
         for name, arm in arms.items()
-    ]  # fmt: skip
-    yield markdown_table(["arm", "seeds", f"loss, `{text}`", *(f"− `{name}`" for name in arms)], rows)
+    ]
+    yield markdown_table(["arm", "seeds", f"loss, `{text}`"], rows)
     pairs = {(one["first"], one["second"]): one["texts"] for one in tuned["pairs"] if text in one["texts"]}
-    yield "The same in full, of each such arm against the one that it varies, no memory, and the others chosen:"
+    yield "Each chosen arm against the one that it varies, no memory, and the others chosen:"
     yield differences.table({pair: found[text] for pair, found in pairs.items()})
     yield f"The same on all other texts; {shown.BOLD}:"
     others = list(dict.fromkeys(name for found in pairs.values() for name in found if name != text))
@@ -293,7 +297,7 @@ def site_section(summary: Summary) -> Iterable[str]:
     """Gate, size of the contribution, and dimensions it uses."""
     rows = [
         [
-            f"`{name}`", layer,
+            f"`{name}`", shown.seeds_of(arm), layer,
             *(shown.with_sd(site.get(f"gate_{one}"), 3) for one in ("mean", "p10", "p50", "p90")),
             shown.with_sd(site.get("delta_ratio"), 3), shown.with_sd(site.get("participation"), 1),
         ]
@@ -303,8 +307,13 @@ def site_section(summary: Summary) -> Iterable[str]:
     ]  # fmt: skip
     if rows:
         yield "## Sites"
-        yield "Over the last log interval of training; ± is over seeds. Participation is the number of dimensions used."
-        heads = ["arm", "layer", "gate", "gate 10 %", "gate 50 %", "gate 90 %", "|δ|/|h|", "participation"]
+        yield (
+            "Over the last log interval of training; ± is over seeds. Gates are of positions that read something: of an "
+            "arm without tables, those that match. |δ|/|h|, the size of the contribution beside the hidden state, is of "
+            "all. Participation is the ratio of that name, (Σλ)²/Σλ² of the contributions' second moments: how many "
+            "dimensions they spread over."
+        )
+        heads = ["arm", "seeds", "layer", "gate", "gate 10 %", "gate 50 %", "gate 90 %", "|δ|/|h|", "participation"]
         yield markdown_table(heads, rows)
 
 
@@ -320,11 +329,11 @@ def afterwards_section(summary: Summary) -> Iterable[str]:
             measured = [found["memory_off"], *(found["other_bank"].get(bank) for bank in banks)]
             if any(measured):
                 rows.append([
-                    f"`{name}`", f"`{text}`", shown.with_sd(found["loss"]),
+                    f"`{name}`", shown.seeds_of(arm), f"`{text}`", shown.with_sd(found["loss"]),
                     *(shown.with_interval(one and one["change"]) for one in measured),
                 ])  # fmt: skip
     if rows:
         yield "## Memory off, and other rows, after training"
         yield "The trained weights with the memory sites bypassed, or with another bank's rows, minus their loss."
-        heads = ["arm", "text", "loss", "memory off", *(f"rows of `{bank}`" for bank in banks)]
+        heads = ["arm", "seeds", "text", "loss", "memory off", *(f"rows of `{bank}`" for bank in banks)]
         yield markdown_table(heads, rows)

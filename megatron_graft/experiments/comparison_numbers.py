@@ -10,7 +10,10 @@ from megatron_graft.reporting.page import NOTHING
 
 MINUS = "\N{MINUS SIGN}"
 FEW_TOKENS = 1000  # differences over fewer tokens are set in italics
-BOLD = "bold where the interval over documents excludes zero and every seed has the sign"
+BOLD = (
+    "bold where the interval over documents excludes zero and every seed has the sign, † where the one over seeds "
+    "does, too"
+)
 
 
 def loss(value: float | None) -> str:
@@ -53,7 +56,13 @@ def marked(found: Mapping[str, Any] | None) -> str:
     if bounds["low"] is None or bounds["high"] is None:
         return mean
     signs = {math.copysign(1, one) for one in found["by_seed"].values()}
-    return f"**{mean}**" if (bounds["high"] < 0 or bounds["low"] > 0) and len(signs) == 1 else mean
+    if not _excludes_zero(bounds) or len(signs) != 1:
+        return mean
+    return f"**{mean}**{'†' if found.get('over_seeds') and _excludes_zero(found['over_seeds']) else ''}"
+
+
+def _excludes_zero(bounds: Mapping[str, Any]) -> bool:
+    return bool(bounds["high"] < 0 or bounds["low"] > 0)
 
 
 def count(value: float | None) -> str:

@@ -131,8 +131,8 @@ def core_section(summary: Summary, plots: Mapping[str, str]) -> Iterable[str]:
     ]  # fmt: skip
     yield markdown_table(heads, [_core_row(name, arm, primary, baseline) for name, arm in arms.items()])
     yield (
-        "Trained, stored and fetched are numbers of parameters: trained ones, elements of the frozen bank, and those "
-        "of memory that a position with a match reads. FLOPs are those of a forward pass, on paper."
+        "Trained, stored and fetched are numbers of parameters: trained ones, elements of the whole frozen bank, and "
+        "those of memory that a position with a match reads. FLOPs are those of a forward pass, on paper."
     )
     yield plot_line(plots, "differences", f"Differences of the arms to {baseline}, with intervals")
 
@@ -178,7 +178,8 @@ def text_section(summary: Summary) -> Iterable[str]:
         + ", ".join(
             f"`{name}` {text['documents']} ({text['tokens']:,} tokens)" for name, text in summary["texts"].items()
         )
-        + ". An interval over few documents is too narrow."
+        + ". An interval over few documents is too narrow. Marks are no verdicts: of three seeds that differ by noise "
+        "alone one in four has equal signs, and nothing here is corrected for the number of cells."
     )
 
 
@@ -210,4 +211,6 @@ def _made_by(summary: Summary) -> Iterable[str]:
         facts.append(f"{format_seconds(runs['evaluation_seconds'])} of evaluation")
     where = f" on {'; '.join(runs['machines'])}" if runs["machines"] else ""
     commits = f", commits {', '.join(f'`{one[:12]}`' for one in runs['commits'])}" if runs["commits"] else ""
+    if runs["changed"]:
+        commits += f" ({runs['changed']} runs with files beside these that were in no commit)"
     yield f"{', '.join(facts)}{where}{commits}. Written by `tools/compare_arms.py`; every number is in `summary.json`."

@@ -127,7 +127,7 @@ def _tokens(summary: Summary, pyplot: Any) -> Any:
             mean, sd = _numbers(minus["curve"]), _numbers(minus["sd"])
             axes.fill_between(millions, mean - sd, mean + sd, color=colours[name], alpha=0.15, linewidth=0)
     axes.axhline(0, color=_GREY, linewidth=1)
-    axes.set(title=f"Loss on fresh text minus that of {baseline}, same batches", xlabel="million tokens seen")
+    axes.set(title=f"Training loss minus that of {baseline}, same batches", xlabel="million tokens seen")
     axes.set_ylabel("nats per token (band: ± SD over seeds)")
     axes.margins(x=0.01)
     axes.legend(ncols=2)
@@ -156,7 +156,10 @@ def _sweeps(summary: Summary, pyplot: Any) -> Any:
         axes.margins(x=0.12)
     for axes in grid.flat[len(panels) :]:
         axes.set_visible(False)
-    figure.supylabel(f"{summary['primary']} loss minus that of {summary['references'][0]}", fontsize=11)
+    figure.supylabel(
+        f"{summary['primary']} loss minus that of {summary['references'][0]} of as many steps, nats per token",
+        fontsize=11,
+    )
     return figure
 
 
@@ -187,7 +190,7 @@ def _coverage(summary: Summary, pyplot: Any) -> Any:
     for axes in (left, right):
         _reference_line(axes, summary, {name: one for found in sweeps.values() for name, one in found.items()})
     left.set_xscale("log")
-    left.set(title="Size of the bank", xlabel="rows", ylabel=f"{primary} loss minus that of {baseline}")
+    left.set(title="Size of the bank", xlabel="rows", ylabel=f"{primary} loss minus that of {baseline}, nats")
     right.xaxis.set_major_formatter(matplotlib.ticker.PercentFormatter(1.0, decimals=0))
     right.set(title="Coverage", xlabel=f"share of positions of {primary} that match")
     right.legend()

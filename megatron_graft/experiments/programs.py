@@ -8,6 +8,7 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).resolve().parents[1]
 _SCRIPT = "pretrain_graft_moe.sh"
+_CODE = ("megatron_graft", "csrc", "tools", "examples", "setup.py", "requirements.lock")
 
 
 def tool_command(name: str) -> list[str]:
@@ -23,11 +24,11 @@ def training_script() -> Path:
 
 
 def code_version() -> dict[str, str | bool | None]:
-    """``commit`` of the checkout that this code lies in and whether files of it are ``changed``; None where unknown."""
+    """``commit`` of the checkout that this code lies in and whether code in it is ``changed``; None where unknown."""
     top = _git("rev-parse", "--show-toplevel")
     if top is None or Path(top) != PACKAGE.parent.resolve():  # installed into an environment inside another's checkout
         return {"commit": None, "changed": None}
-    commit, status = (_git(*words) for words in (("rev-parse", "HEAD"), ("status", "--porcelain")))
+    commit, status = (_git(*words) for words in (("rev-parse", "HEAD"), ("status", "--porcelain", "--", *_CODE)))
     return {"commit": commit, "changed": None if status is None else bool(status)}
 
 

@@ -86,6 +86,7 @@ def rounded(value: Any) -> Any:
 
 
 def _parameters(run: Run) -> dict[str, int]:
+    """``stored`` are all elements of the frozen banks' rows, whether or not a site reads them."""
     counted = run.evaluation["parameters"]
     tables = counted["tables"]
     frozen = run.memory is not None and not any("rows" in site for site in run.memory["sites"].values())

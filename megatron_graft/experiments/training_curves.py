@@ -1,7 +1,9 @@
 """Loss against tokens: what an arm was ahead of others by, in the course of training.
 
-Every token is seen once, so the training loss is the loss on text not seen before. All arms of a seed read the same
-batches in the same order; so their difference has little noise where each loss has much.
+A batch's loss is taken before the step that learns from it: while no token comes twice, it is the loss on text that
+the weights have not seen. A bank's keys were counted on this very text, so more of its positions match than of others'.
+All arms of a seed read the same batches in the same order; so their difference has little noise where each loss has
+much.
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ import numpy as np
 from megatron_graft.experiments.records import RunRecord
 from megatron_graft.experiments.statistics import mean_and_sd
 
-SHARES = (10, 25, 50, 75, 100)  # per cent of the tokens at which differences are told
+SHARES = (15, 25, 50, 75, 100)  # per cent of the tokens at which differences are told
 _WINDOW = 20  # a difference at a share of the tokens is the mean over a twentieth of the run that ends there
 
 

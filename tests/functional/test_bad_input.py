@@ -16,7 +16,7 @@ import pytest
 from megatron_graft.data.tokenizer import load_tokenizer
 from tests.helpers.bad_input import BROKEN, Printed, broken_bank
 from tests.helpers.building import save_llama
-from tests.helpers.main_job import Job, run_script
+from tests.helpers.main_job import SCRIPT, Job, run_script
 from tests.helpers.tiny_run import World, make_world
 from tests.helpers.tokenizers import small_sentencepiece
 from tools import prepare_run
@@ -104,6 +104,16 @@ class Given:
 def no_data(world: World, scratch: Path) -> Given:
     message = rf"--data-path {world.data}\.bin: has no {world.data.name}\.bin\.bin \(expected .*\)\. Leave out \.bin"
     return Given(data=Path(f"{world.data}.bin"), tokenizer=world.tokenizer, bank=world.bank, message=message)
+
+
+def test_an_evaluation_without_held_out_text_stops_the_script_before_anything_is_made(tmp_path: Path) -> None:
+    """The report is about held-out text: a finished run would end in an error."""
+    ended = subprocess.run(
+        ["bash", SCRIPT], cwd=tmp_path, capture_output=True, text=True, env=os.environ | {"EVALUATION": "val=a b=c"}
+    )
+    assert ended.returncode == 2
+    assert ended.stderr.startswith("error: EVALUATION: names no held-out text (got val=a b=c; expected heldout=PREFIX")
+    assert not list(tmp_path.iterdir())
 
 
 def test_weights_of_a_blend_are_no_data_sets(tmp_path: Path) -> None:

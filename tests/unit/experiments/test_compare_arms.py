@@ -111,7 +111,7 @@ def test_what_was_tuned_is_told_in_full_and_on_every_other_text(tmp_path: Path) 
     assert (varied["second"], baseline["second"]) == ("sum", "none")
     assert list(varied["texts"]) == ["untouched", "heldout", "email"]
     means = [signed(varied["texts"][text]["mean"]) for text in ("heldout", "email")]
-    assert [cell.strip("*") for cell in elsewhere[1:]] == means
+    assert [cell.strip("*†") for cell in elsewhere[1:]] == means
     assert [line for line in lines if line[0] == "`tuned` − `none`"]
 
 
@@ -197,6 +197,12 @@ def test_numbers_are_written_alike() -> None:
     for (low, high), text in sides.items():
         assert marked({"mean": -0.15, "documents": {"low": low, "high": high}, "by_seed": {"1": -0.15}}) == text
     assert (marked(None), marked({"mean": -0.15, "documents": None})) == ("–", "−0.1500")
+
+
+def test_a_difference_beyond_both_intervals_has_a_mark() -> None:
+    found = {"mean": -0.15, "documents": {"low": -0.2, "high": -0.1}, "by_seed": {"1": -0.16, "2": -0.14}}
+    for high, text in ((-0.01, "**−0.1500**†"), (0.01, "**−0.1500**")):
+        assert marked(found | {"over_seeds": {"low": -0.3, "high": high}}) == text
 
 
 def test_a_difference_whose_sign_hangs_on_the_seed_is_not_bold() -> None:

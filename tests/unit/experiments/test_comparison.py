@@ -194,7 +194,7 @@ def test_training_is_compared_on_the_same_batches(summary_of: Summarise) -> None
     # The synthetic effect grows with the tokens, and the noise of a seed is the same in all arms.
     assert minus["curve"] == pytest.approx([-0.2 * (place + 1) / 12 for place in range(12)])
     assert {share: at["mean"] for share, at in minus["at"].items()} == {
-        "10": pytest.approx(-0.2 / 12), "25": pytest.approx(-0.05), "50": pytest.approx(-0.1),
+        "15": pytest.approx(-0.2 / 12), "25": pytest.approx(-0.05), "50": pytest.approx(-0.1),
         "75": pytest.approx(-0.15), "100": pytest.approx(-0.2),
     }  # fmt: skip
     assert training["minus"]["engram"]["at"]["100"]["mean"] == pytest.approx(-0.1)
