@@ -308,10 +308,10 @@ def site_section(summary: Summary) -> Iterable[str]:
     if rows:
         yield "## Sites"
         yield (
-            "Over the last log interval of training; ± is over seeds. Gates are of positions that read something: of an "
-            "arm without tables, those that match. |δ|/|h|, the size of the contribution beside the hidden state, is of "
-            "all. Participation is the ratio of that name, (Σλ)²/Σλ² of the contributions' second moments: how many "
-            "dimensions they spread over."
+            "Over the last log interval of training; ± is over seeds. Gates are of positions that read something, of "
+            "arms without tables of those that match. |δ|/|h|, the contribution's size beside the hidden state's, is "
+            "of all. Participation is the ratio of that name, (Σλ)²/Σλ² of the contributions' second moments: over how "
+            "many dimensions they spread over."
         )
         heads = ["arm", "seeds", "layer", "gate", "gate 10 %", "gate 50 %", "gate 90 %", "|δ|/|h|", "participation"]
         yield markdown_table(heads, rows)
