@@ -311,7 +311,7 @@ def site_section(summary: Summary) -> Iterable[str]:
             "Over the last log interval of training; ± is over seeds. Gates are of positions that read something, of "
             "arms without tables of those that match. |δ|/|h|, the contribution's size beside the hidden state's, is "
             "of all. Participation is the ratio of that name, (Σλ)²/Σλ² of the contributions' second moments: over how "
-            "many dimensions they spread over."
+            "many dimensions they spread."
         )
         heads = ["arm", "seeds", "layer", "gate", "gate 10 %", "gate 50 %", "gate 90 %", "|δ|/|h|", "participation"]
         yield markdown_table(heads, rows)
