@@ -174,6 +174,10 @@ def training_section(summary: Summary, plots: Mapping[str, str]) -> Iterable[str
             yield f"Minus that of `{other}`:"
             yield markdown_table(["arm", *(f"{share} % of the tokens" for share in SHARES)], lines)
     yield plot_line(plots, "tokens", f"Training loss minus that of {references[0]}, against tokens")
+    lines = list(_training_of_other_lengths(summary))
+    if lines:
+        yield "Of further arms that were trained longer or shorter; text that comes again has been learned from before:"
+        yield markdown_table(["A − B", "seeds", "tokens", *(f"{share} % of the tokens" for share in SHARES)], lines)
     lines = [
         [f"`{name}`", *(shown.percent(training["minus"].get(other, {}).get("reached")) for other in references)]
         for name, training in trained.items()
@@ -182,6 +186,16 @@ def training_section(summary: Summary, plots: Mapping[str, str]) -> Iterable[str
     if lines:
         yield "Share of the tokens after which an arm's training loss is as low as the other's at the end of its run:"
         yield markdown_table(["arm", *(f"end of `{other}`" for other in references)], lines)
+
+
+def _training_of_other_lengths(summary: Summary) -> Iterable[list[str]]:
+    """Lines of further arms against those that stand in for the references."""
+    for name, arm in arms_of(summary, FURTHER).items():
+        minus = (arm["training"] or {}).get("minus", {})
+        for other, stand_in in arm["against"].items():
+            if other in minus:
+                shares = (shown.with_sd(minus[other]["at"][str(share)], sign="+") for share in SHARES)
+                yield [f"`{name}` − `{stand_in}`", shown.seeds_of(arm), shown.millions(arm["tokens_seen"]), *shares]
 
 
 def further_section(summary: Summary) -> Iterable[str]:

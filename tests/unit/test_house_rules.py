@@ -13,8 +13,8 @@ import pytest
 REPOSITORY = Path(__file__).resolve().parents[2]
 MAX_BYTES = 500_000
 LARGER = {
-    "docs/results/matched-arms/runs.jsonl": 2_000_000,  # a line a run, from which its report can be made again
-    "docs/results/matched-arms/summary.json": 1_500_000,  # every figure of the report, by an address
+    "docs/results/matched-arms/runs.jsonl": 2_250_000,  # a line a run, from which its report can be made again
+    "docs/results/matched-arms/summary.json": 1_650_000,  # every figure of the report, by an address
 }
 # Spelled in pieces, so that this file passes its own rules.
 FORBIDDEN = {

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from megatron_graft.experiments import statistics
-from megatron_graft.experiments.comparison_details import sweeps_of
+from megatron_graft.experiments.comparison_details import sweeps_of, training_section
 from megatron_graft.experiments.comparison_numbers import interval, level, loss, marked, signed, with_sd
 from megatron_graft.experiments.comparison_plots import minus_stand_in
 from tests.helpers.arm_records import all_records, make_record, write_experiment, write_records
@@ -137,6 +137,19 @@ def test_what_stands_in_for_the_baseline_lies_at_zero_on_a_sweeps_plot(tmp_path:
     assert list(found) == ["rows_500", "none"] and found["none"]["mean"] == 0
     assert found["rows_500"] == arms["rows_500"]["texts"]["heldout"]["minus"]["none"]
     assert minus_stand_in(summary, {"none": arms["none"]}) == {}
+
+
+def test_arms_of_other_lengths_are_followed_against_those_that_stand_in(tmp_path: Path) -> None:
+    records = [make_record(arm, seed) for arm in ("none", "engram", "graft") for seed in (1, 2, 3)]
+    compare(tmp_path, records)
+    summary = json.loads((tmp_path / "results" / "arms" / "summary.json").read_text())
+    assert "Of further arms" not in "".join(training_section(summary, {}))
+    summary["arms"]["graft"]["against"] = {"none": "long_none", "sum": "long_sum"}  # the latter has not been run
+    at = summary["arms"]["graft"]["training"]["minus"]["none"]["at"]
+    lines = [line for part in training_section(summary, {}) for line in part.splitlines() if "long_" in line]
+    cells = [with_sd(at[share], sign="+") for share in ("15", "25", "50", "75", "100")]
+    tokens = f"{summary['arms']['graft']['tokens_seen'] / 1e6:.2f} M"
+    assert [line.strip("| ").split(" | ") for line in lines] == [["`graft` − `long_none`", "one seed", tokens, *cells]]
 
 
 def test_a_readme_can_show_a_figure(tmp_path: Path) -> None:
