@@ -61,7 +61,7 @@ def storage_errors(path: Path) -> Iterator[None]:
 
 
 def _existing_parent(path: Path) -> Path:
-    while not path.exists():
+    while not os.path.exists(path):  # False, unlike Path.exists(), also where nobody may look
         path = path.parent
     return path
 
@@ -112,6 +112,13 @@ def take_lock(descriptor: int, path: Path, *, alone: bool = True, wait: bool = F
     return True
 
 
+def beside(path: Path, suffix: str) -> Path:
+    """What lies beside a directory under its name and a suffix; ``.`` and ``..`` have names, too."""
+    if path.name in ("", ".."):
+        path = Path(os.path.abspath(path))
+    return path.with_name(path.name + suffix)
+
+
 def sync_directory(path: Path) -> None:
     """Flush a directory's entries, so that a rename inside it survives a power cut."""
     descriptor = os.open(path, os.O_RDONLY)
@@ -160,7 +167,10 @@ def scratch_beside(path: Path) -> Iterator[Path]:
     _remove_abandoned(path)
     while True:
         scratch = Path(tempfile.mkdtemp(prefix=scratch_prefix(path), dir=path.parent))
-        descriptor = os.open(scratch, os.O_RDONLY)
+        try:
+            descriptor = os.open(scratch, os.O_RDONLY)
+        except FileNotFoundError:  # it was taken for abandoned before it was opened
+            continue
         try:
             with contextlib.suppress(OSError):  # a file system without locks: nobody removes anything there
                 fcntl.flock(descriptor, fcntl.LOCK_EX)

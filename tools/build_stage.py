@@ -32,7 +32,7 @@ from megatron_graft.log import get_logger
 _WORKERS = (
     ("RANK", "WORLD_SIZE", ""),
     ("SLURM_ARRAY_TASK_ID", "SLURM_ARRAY_TASK_COUNT", "SLURM_ARRAY_TASK_MIN"),
-    ("SLURM_PROCID", "SLURM_NTASKS", ""),
+    ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", ""),  # of srun's step: a batch script itself is no worker of several
 )
 
 

@@ -26,6 +26,7 @@ from typing import Any
 if __package__ in (None, ""):  # run as a file from a checkout
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from megatron_graft.bank.manifest import MAX_NODES, MAX_ORDER
 from megatron_graft.bank.row_layout import ROW_DTYPES
 from megatron_graft.building.bank_size import bank_bytes
 from megatron_graft.building.cost import (
@@ -190,7 +191,9 @@ def _plan_train(arguments: argparse.Namespace, flags: Sequence[str]) -> None:
 
         plan = plan_run(flags, arguments.world_size, _bank_shape(arguments))
     costs = stage_costs(plan.shape, text)
-    seconds = arguments.step_seconds or step_seconds(plan, machine)
+    seconds = step_seconds(plan, machine) if arguments.step_seconds is None else arguments.step_seconds
+    if not seconds > 0:
+        raise ConfigError("--step-seconds", "is out of range", got=seconds, expected="above 0")
     figures = {
         "run": _shown_run(arguments, plan),
         "assumed": [
@@ -226,9 +229,9 @@ def _machine(arguments: argparse.Namespace) -> Machine:
 def _bank_shape(arguments: argparse.Namespace) -> BankShape | None:
     if arguments.bank_shape is None:
         return None
-    if arguments.bank_max_order < 2:
+    if not 2 <= arguments.bank_max_order <= MAX_ORDER:
         raise ConfigError(
-            "--bank-max-order", "is no n-gram's length", got=arguments.bank_max_order, expected="2 or more"
+            "--bank-max-order", "is no n-gram's length", got=arguments.bank_max_order, expected=f"2 to {MAX_ORDER}"
         )
     found = re.fullmatch(r"(\d+(?:\.\d*)?(?:e\+?\d+)?)x(\d+(?:,\d+)*)(?::(\w+))?", arguments.bank_shape)
     dtype = (found and found[3]) or "bfloat16"
@@ -236,7 +239,15 @@ def _bank_shape(arguments: argparse.Namespace) -> BankShape | None:
         raise ConfigError(
             "--bank-shape", "is malformed", got=arguments.bank_shape, expected="such as 3e6x2048,2048:bfloat16"
         )
-    rows, widths = int(float(found[1])), tuple(int(width) for width in found[2].split(","))
+    given, widths = float(found[1]), tuple(int(width) for width in found[2].split(","))
+    if not 1 <= given <= MAX_NODES or min(widths) < 1:
+        raise ConfigError(
+            "--bank-shape",
+            "is out of range",
+            got=arguments.bank_shape,
+            expected=f"1 to {MAX_NODES} rows, widths from 1",
+        )
+    rows = int(given)
     orders = range(2, arguments.bank_max_order + 1)
     size = bank_bytes(
         num_rows=rows, entries={order: rows // len(orders) for order in orders}, nodes=rows, vocab_size=1 << 17,
@@ -331,7 +342,8 @@ def _orders(arguments: argparse.Namespace) -> dict[int, OrderShape]:
                 number, given = 0, 0.0
             if number < 2 or not 0 < given <= 1:
                 raise ConfigError(f"--{name}", "is malformed", got=value, expected="ORDER=SHARE, such as 3=0.8")
-            shapes[number] = replace(shapes[min(number, max(shapes))], **{name: given})
+            nearest = max(order for order in shapes if order <= number)
+            shapes[number] = replace(shapes[nearest], **{name: given})
     return shapes
 
 

@@ -18,6 +18,7 @@ from megatron_graft.building.report import coverages_of, kept_report, report_ban
 from megatron_graft.commands import run_command
 from megatron_graft.data.tokenizer import load_tokenizer
 from megatron_graft.errors import ConfigError, IdentityError
+from megatron_graft.files import beside
 from megatron_graft.jobs.bank_data import named_prefixes, open_documents
 from megatron_graft.reporting.bank_page import coverage_table, curve_table, stage_table, write_bank_page
 
@@ -58,7 +59,7 @@ def _run(arguments: argparse.Namespace) -> None:
         write_report(arguments.bank, report)
         if report["coverage"]:
             write_coverage(open_bank(arguments.bank), coverages_of(report))
-    output = arguments.output or arguments.bank.with_name(arguments.bank.name + ".report")
+    output = arguments.output or beside(arguments.bank, ".report")
     write_bank_page(output, report)
     for table in (coverage_table(report), curve_table(report), stage_table(report)):
         if table:

@@ -5,6 +5,7 @@ An open costs the same whatever the size of the bank. What its bytes hold is che
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import get_args
@@ -25,7 +26,7 @@ from megatron_graft.bank.manifest import (
 from megatron_graft.bank.row_layout import ROW_DTYPES, Columns, RowLayout
 from megatron_graft.bank.rows import GatherImplementation, LayerRows, RowGatherer, open_rows
 from megatron_graft.bank.tensorfile import TensorEntry, map_tensor, read_header
-from megatron_graft.bank.verify import Depth, verify_full, verify_sample
+from megatron_graft.bank.verify import Depth, check_scales, verify_full, verify_sample
 from megatron_graft.errors import BankError, BankFormatError, ConfigError, IdentityError
 
 
@@ -183,7 +184,7 @@ def open_bank(
     path = Path(path)
     check_choice("verify", verify, get_args(Depth))
     check_choice("gather", gather, get_args(GatherImplementation))
-    if not path.is_dir():
+    if not os.path.isdir(path):  # False, unlike Path.is_dir(), also where nobody may look
         raise BankError(path, "is not a directory", expected="a bank directory", remedy="Check the path.")
     manifest = read_manifest(path)
     identity = manifest.identity
@@ -201,6 +202,7 @@ def open_bank(
         verify_sample(path, manifest, keys, use_index=use_index, threads=threads)
     if verify == "full":
         verify_full(path, manifest, keys, use_index=use_index, threads=threads)
+        check_scales(path, identity, rows_by_layer)
     num_rows = identity.num_rows if rows is None else rows
     return Bank(path, manifest, keys, rows_by_layer, num_rows=num_rows, gather=gather, threads=threads)
 

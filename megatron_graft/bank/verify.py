@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -10,7 +10,8 @@ import numpy as np
 
 from megatron_graft.bank.index_file import KeyFinder
 from megatron_graft.bank.keys import BankKeys, check_key_range, check_keys, check_keys_distinct
-from megatron_graft.bank.manifest import COPY_AGAIN, INDEX_NAME, KEYS_NAME, FileIdentity, Manifest
+from megatron_graft.bank.manifest import COPY_AGAIN, INDEX_NAME, KEYS_NAME, FileIdentity, Identity, Manifest
+from megatron_graft.bank.rows import LayerRows
 from megatron_graft.errors import BankFormatError
 from megatron_graft.files import sha256_of_file
 from megatron_graft.log import Progress
@@ -58,6 +59,24 @@ def verify_full(directory: Path, manifest: Manifest, keys: BankKeys, *, use_inde
         progress.advance(span[1] - begin)
     # Each key has an entry of its own, found above. That leaves room for the phantoms and for nothing else.
     finder.check_contents(identity.num_rows + manifest.index.phantoms, identity.num_rows)
+
+
+def check_scales(directory: Path, identity: Identity, layers: Mapping[int, LayerRows]) -> None:
+    """Read every scale of packed rows.
+
+    Raises:
+        BankFormatError: naming the first file with one that is negative or no number.
+    """
+    for layer, rows in layers.items():
+        for name, scales in zip(identity.shard_names(layer), rows.scales, strict=bool(rows.scales)):
+            for begin in range(0, len(scales), _LOOKUP_ROWS):
+                part = scales[begin : begin + _LOOKUP_ROWS]
+                wrong = np.flatnonzero(~(np.isfinite(part) & (part >= 0)))
+                if wrong.size:
+                    raise BankFormatError(
+                        directory / name, f"has a scale that is none, of row {begin + wrong[0]} of the file",
+                        got=part[wrong[0]], expected="a finite number, not negative",
+                    )  # fmt: skip
 
 
 def _sample_spans(num_rows: int, seed: int) -> Iterator[tuple[int, int]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -81,7 +82,7 @@ def write_bank(
         NativeExtensionError: the extension is not built.
     """
     path = Path(path)
-    if path.exists():
+    if os.path.exists(path):  # False, unlike Path.exists(), where nobody may look: then writing says so
         raise BankError(path, "already exists", remedy="Remove it or choose another directory.")
     _check_part("tokenizer", tokenizer)
     _check_part("donor", donor)

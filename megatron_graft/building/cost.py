@@ -104,7 +104,7 @@ class BuildShape:
 
     def of_order(self, order: int) -> OrderShape:
         """What counting meets at ``order``."""
-        return self.by_order[min(order, max(self.by_order))]
+        return self.by_order[max((known for known in self.by_order if known <= order), default=min(self.by_order))]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from megatron_graft.bank.reader import Bank, open_bank
-from megatron_graft.files import write_json_atomically
+from megatron_graft.files import beside, write_json_atomically
 from megatron_graft.lookup.index import SuffixIndex, open_index
 
 MOST_POSITIONS = 2_000_000
@@ -126,7 +126,7 @@ def coverage_by_rows(
 
 def coverage_path(bank: Path) -> Path:
     """Where a bank's coverage lies: beside it, since it is no part of what the bank is."""
-    return bank.with_name(bank.name + ".coverage.json")
+    return beside(bank, ".coverage.json")
 
 
 def write_coverage(bank: Bank, coverages: Mapping[str, Coverage]) -> None:

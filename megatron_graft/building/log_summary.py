@@ -14,6 +14,7 @@ from typing import Any
 
 from megatron_graft.building.tasks import BuildLog
 from megatron_graft.errors import DataError
+from megatron_graft.files import beside
 
 LogRecord = Mapping[str, Any]
 
@@ -49,7 +50,7 @@ class StageSummary:
 
 def build_log_path(bank: Path) -> Path:
     """Where the log of a bank's build lies: beside it."""
-    return bank.with_name(bank.name + ".build.jsonl")
+    return beside(bank, ".build.jsonl")
 
 
 def read_build_log(path: Path) -> list[dict[str, Any]]:

@@ -22,7 +22,7 @@ from megatron_graft.building.coverage import (
 )
 from megatron_graft.building.log_summary import LogRecord, StageSummary, summarise_stages
 from megatron_graft.building.norms import LayerNorms, stored_norms
-from megatron_graft.files import write_json_atomically
+from megatron_graft.files import beside, write_json_atomically
 
 NUM_KEYS = 20
 TextOf = Callable[[Sequence[int]], str | None]
@@ -30,7 +30,7 @@ TextOf = Callable[[Sequence[int]], str | None]
 
 def report_path(bank: Path) -> Path:
     """Where a bank's report lies: beside it, since it is no part of what the bank is."""
-    return bank.with_name(bank.name + ".report.json")
+    return beside(bank, ".report.json")
 
 
 def report_bank(

@@ -14,6 +14,7 @@ import statistics
 from pathlib import Path
 from typing import Any
 
+from megatron_graft.files import beside
 from megatron_graft.reporting.run_files import HELD_OUT, Run, read_json
 
 LOSS = "lm loss"
@@ -170,8 +171,9 @@ def _hit_rates(run: Run) -> dict[str, Any] | None:
         parts = {order: text["by_order"].get(order, {"tokens": 0})["tokens"] for order in orders}
         shares = {order: tokens / text["tokens"] for order, tokens in parts.items()}
         rates[_TEXT_KEYS.get(name, name)] = {"any": sum(shares.values())} | shares
+    of_first = "graft/bank_1/hit_rate" if len(run.banks) > 1 else "graft/hit_rate"  # else the mean over all banks
     trained = [
-        {"any": record["graft/hit_rate"]} | {order: record[f"graft/hit_rate_order_{order}"] for order in orders}
+        {"any": record[of_first]} | {order: record.get(f"{of_first}_order_{order}", 0.0) for order in orders}
         for record in run.intervals
     ]
     means = {name: statistics.fmean(record[name] for record in trained) for name in trained[0]} if trained else None
@@ -182,8 +184,7 @@ def _coverage(run: Run, orders: list[str]) -> dict[str, dict[str, float]]:
     """What the bank's builder measured, if it did and it is of this bank."""
     if run.bank is None:
         return {}
-    bank = Path(run.flags["graft_bank"][0])
-    path = bank.with_name(f"{bank.name}.coverage.json")
+    path = beside(Path(run.flags["graft_bank"][0]), ".coverage.json")
     if not path.is_file():
         return {}
     coverage = read_json(path, "Delete it, or build the bank again.")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from megatron_graft.bank.manifest import MAX_NODES
 from megatron_graft.training.run_cost import RunShape, StageCost, forward_flops
 from megatron_graft.training.run_plan import RunPlan
 from megatron_graft.training.run_terms import Machine
@@ -92,8 +93,11 @@ def _rates(
 
 
 def most_rows(plan: RunPlan, machine: Machine, share: float) -> float:
-    """Rows of a bank at which one copy takes ``share`` of a node's memory; 0 for a run without banks."""
+    """Rows of a bank at which one copy takes ``share`` of a node's memory, at most those that a bank can have.
+
+    0 for a run without banks.
+    """
     if not plan.banks:
         return 0.0
     per_row = sum(bank.num_bytes / bank.num_rows for bank in plan.banks)
-    return share * machine.host_memory / per_row
+    return min(share * machine.host_memory / per_row, MAX_NODES)

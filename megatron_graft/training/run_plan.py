@@ -8,6 +8,7 @@ where it is not built yet.
 from __future__ import annotations
 
 import argparse
+import copy
 import os
 import sys
 from collections.abc import Sequence
@@ -128,13 +129,33 @@ def _arguments(flags: Sequence[str], world_size: int) -> argparse.Namespace:
         os.environ |= environment
 
 
+_UNSPLIT_BYTES = 18  # of a parameter, in Megatron's formula where optimizer state is not split
+
+
 def _backbone_state(args: argparse.Namespace) -> float:
-    bytes_bf16 = float(compute_weight_and_optimizer_memory(args))
-    if args.bf16 or args.fp16:
-        return bytes_bf16
-    # Of float32: 4 + 4 + 8 in place of 2 + 4 + 12, where state is not split; where it is, 8 + 8/d in place of 6 + 12/d.
-    split = args.data_parallel_size * args.context_parallel_size if args.use_distributed_optimizer else 1
-    return bytes_bf16 * (8 + 8 / split) / (6 + 12 / split)
+    """Parameters and gradients, and optimizer state, of which ranks that hold the same parameters share the work.
+
+    Megatron's own formula knows how many parameters there are; it splits all of them over data-parallel ranks, while
+    its optimizer splits dense ones over data- and context-parallel ranks, and experts over those that hold the same.
+    """
+    unsplit = copy.copy(args)
+    unsplit.use_distributed_optimizer = False
+    dense = copy.copy(unsplit)
+    dense.moe_ffn_hidden_size = 0  # no parameter is left to an expert
+    total, of_dense = (compute_weight_and_optimizer_memory(one) / _UNSPLIT_BYTES for one in (unsplit, dense))
+    expert_shards = (
+        args.expert_tensor_parallel_size * args.expert_model_parallel_size * args.pipeline_model_parallel_size
+    )
+    return float(
+        of_dense * _state_bytes(args, args.data_parallel_size * args.context_parallel_size)
+        + (total - of_dense) * _state_bytes(args, args.world_size // expert_shards)
+    )
+
+
+def _state_bytes(args: argparse.Namespace, copies: int) -> float:
+    """Bytes of a parameter, its gradient and its share of Adam's state, where ``copies`` ranks hold it."""
+    split = copies if args.use_distributed_optimizer else 1
+    return 6 + 12 / split if args.bf16 or args.fp16 else 8 + 8 / split
 
 
 def _bank_shape(path: Path) -> BankShape:

@@ -44,6 +44,11 @@ def test_more_ranks_hold_and_move_less_each() -> None:
     [
         (("--world-size", 3), "--world-size: does not suit the run's flags"),
         (("--world-size", 4, "--bank-shape", "many"), "--bank-shape: is malformed"),
+        (("--world-size", 4, "--bank-shape", "0x64"), "--bank-shape: is out of range"),
+        (("--world-size", 4, "--bank-shape", "1e400x64"), "--bank-shape: is out of range"),
+        (("--world-size", 4, "--bank-shape", "1e6x0"), "--bank-shape: is out of range"),
+        (("--world-size", 4, "--bank-shape", "1e6x64", "--bank-max-order", 9), "--bank-max-order: is no n-gram's"),
+        (("--world-size", 4, "--bank-shape", "1e6x64", "--step-seconds", 0), "--step-seconds: is out of range"),
         (("--world-size", 4, "--bank-shape", "1e6x64", "--mfu", 0), "--mfu: is out of range"),
     ],
 )
@@ -51,6 +56,26 @@ def test_what_cannot_be_planned_says_why(options: tuple[object, ...], message: s
     done = plan(*(options if "--bank-shape" in options else (*options, "--bank-shape", "1e6x64")))
     assert done.returncode == 2
     assert message in done.stderr
+
+
+def state(world_size: int, *flags: object) -> float:
+    """Bytes of the stock model's state on its fullest rank, with Megatron's distributed optimizer."""
+    done = plan(
+        "--world-size", world_size, "--bank-shape", "1e6x64", "--json", "--step-seconds", 1,
+        flags=("--use-distributed-optimizer", *flags),
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    return float(json.loads(done.stdout)["backbone_state"])
+
+
+def test_optimizer_state_is_shared_by_all_ranks_that_hold_the_same_parameters() -> None:
+    """Of float32: 8 bytes a parameter and gradient, and 8 shared out; experts by those that hold the same experts."""
+    parameters = state(1) / 16
+    assert state(4) == pytest.approx(parameters * (8 + 8 / 4))
+    assert state(4, "--context-parallel-size", 2) == pytest.approx(state(4))
+    experts = 4 * 4 * 3 * 64 * 128  # layers, experts, matrices of one
+    apart = (parameters - experts) * (8 + 8 / 4) + experts / 4 * (8 + 8)
+    assert state(4, "--expert-model-parallel-size", 4) == pytest.approx(apart)
 
 
 def test_uneven_stages_are_not_planned() -> None:

@@ -14,6 +14,7 @@ import pytest
 from megatron_graft.errors import StorageError
 from megatron_graft.files import (
     alone_in,
+    beside,
     canonical_json,
     directory_in_one_step,
     scratch_beside,
@@ -94,6 +95,29 @@ def test_what_a_killed_writer_left_is_removed_by_the_next_and_what_another_has_i
     finally:
         os.close(held)
     assert sorted(os.listdir(tmp_path)) == sorted([*names[1:], f"{prefix}file", "tar*get"])
+
+
+def test_a_scratch_that_another_took_for_abandoned_is_made_anew(tmp_path: Path, monkeypatch) -> None:
+    """Between its making and its opening nothing says that somebody has it."""
+    opened, lost = os.open, []
+
+    def open_late(path, *arguments):
+        if not lost and f"{tmp_path / '.target.partial-'}" in str(path):
+            lost.append(path)
+            Path(path).rmdir()
+        return opened(path, *arguments)
+
+    monkeypatch.setattr(os, "open", open_late)
+    with scratch_beside(tmp_path / "target") as scratch:
+        assert scratch.is_dir() and lost and scratch != lost[0]
+
+
+def test_what_lies_beside_a_directory_has_its_name(tmp_path: Path, monkeypatch) -> None:
+    (tmp_path / "bank" / "rows").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "bank")
+    assert beside(Path("."), ".log") == tmp_path / "bank.log"
+    assert beside(Path("rows/.."), ".log") == tmp_path / "bank.log"
+    assert beside(Path("rows"), ".log") == Path("rows.log")
 
 
 def test_a_directory_is_never_replaced(tmp_path):

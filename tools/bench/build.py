@@ -131,9 +131,9 @@ def _measure(arguments: argparse.Namespace) -> None:
 
 
 def _print_tables(arguments: argparse.Namespace) -> None:
-    tables = building_tables(json.loads(arguments.markdown.read_text()))
+    tables = building_tables(json.loads(arguments.markdown.read_text(encoding="utf-8")))
     if arguments.update_page:
-        page = arguments.update_page.read_text()
+        page = arguments.update_page.read_text(encoding="utf-8")
         write_bytes_atomically(arguments.update_page, page_with(page, tables, arguments.update_page, MARK).encode())
     else:
         print(tables, end="")

@@ -229,11 +229,11 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _print_tables(arguments: argparse.Namespace) -> None:
-    tables = markdown(json.loads(arguments.markdown.read_text()))
+    tables = markdown(json.loads(arguments.markdown.read_text(encoding="utf-8")))
     if arguments.proof:
-        tables += "\n" + proof(json.loads(arguments.proof.read_text()))
+        tables += "\n" + proof(json.loads(arguments.proof.read_text(encoding="utf-8")))
     if arguments.update_page:
-        page = arguments.update_page.read_text()
+        page = arguments.update_page.read_text(encoding="utf-8")
         write_bytes_atomically(arguments.update_page, page_with(page, tables, arguments.update_page).encode())
     else:
         print(tables, end="")

@@ -91,6 +91,17 @@ def test_scales_may_stand_before_the_rows(banks):
     np.testing.assert_array_equal(found, tensors["rows"][1] * tensors["scales"][1][:, None])
 
 
+@pytest.mark.parametrize("wrong", [-1.0, np.nan, np.inf])
+def test_scales_that_are_none_are_found_by_reading_all(banks, wrong):
+    scales = random_scales(2)
+    scales[1] = wrong
+    write_tensors(banks / "int8" / rows_name(20, 1, 2), {"scales": ("F32", scales), "rows": quantised(2, 4)})
+    refit_manifest(banks / "int8")
+    open_bank(banks / "int8", verify="sample")
+    with pytest.raises(BankFormatError, match=r"layer-20.*has a scale that is none, of row 1 of the file"):
+        open_bank(banks / "int8", verify="full")
+
+
 def test_layers_of_unequal_shards_are_refused(banks):
     write_tensors(banks / "bfloat16" / rows_name(12, 0, 2), {"rows": rows(2, 4)})
     write_tensors(banks / "bfloat16" / rows_name(12, 1, 2), {"rows": rows(3, 4)})

@@ -150,9 +150,10 @@ def test_what_is_no_blend_is_refused(values: list[str]) -> None:
     ("environment", "expected"),
     [
         ({}, (0, 1)),
-        ({"RANK": "1", "WORLD_SIZE": "4", "SLURM_PROCID": "7", "SLURM_NTASKS": "8"}, (1, 4)),
+        ({"SLURM_PROCID": "0", "SLURM_NTASKS": "8"}, (0, 1)),  # a batch script without srun
+        ({"RANK": "1", "WORLD_SIZE": "4", "SLURM_PROCID": "7", "SLURM_STEP_NUM_TASKS": "8"}, (1, 4)),
         ({"SLURM_ARRAY_TASK_ID": "5", "SLURM_ARRAY_TASK_COUNT": "4", "SLURM_ARRAY_TASK_MIN": "3"}, (2, 4)),
-        ({"SLURM_PROCID": "7", "SLURM_NTASKS": "8"}, (7, 8)),
+        ({"SLURM_PROCID": "7", "SLURM_STEP_NUM_TASKS": "8"}, (7, 8)),
     ],
 )
 def test_a_worker_knows_its_number(environment: dict[str, str], expected: tuple[int, int]) -> None:

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from megatron_graft.bank.manifest import Control
 from megatron_graft.errors import ConfigError
+from megatron_graft.reporting import figures
 from megatron_graft.reporting.figures import round_all
 from megatron_graft.reporting.report import FILES, load_report, write_report
+from megatron_graft.reporting.run_files import read_run
 from tools import report as tool
 
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -60,6 +63,14 @@ def test_coverage_tells_of_texts_that_were_not_evaluated(make_run):
     assert rates["held_out"]["any"] == 0.5, "what was evaluated says more than the coverage"
     bank.with_name("bank.coverage.json").write_text(json.dumps(coverage | {"bank": "of another bank"}))
     assert "foreign" not in write_report(run)["hit_rate"]
+
+
+def test_of_several_banks_the_hit_rate_in_training_is_the_firsts_too(make_run):
+    """As in evaluation; without a number it is the mean over all."""
+    run = read_run(make_run("graft"))
+    first = [record | {"graft/bank_1/hit_rate": 0.9, "graft/bank_1/hit_rate_order_2": 0.9} for record in run.metrics]
+    several = replace(run, banks=run.banks * 2, metrics=tuple(first))
+    assert figures._hit_rates(several)["training"] == pytest.approx({"any": 0.9, "2": 0.9, "3": 0.0})
 
 
 def test_a_stock_run_has_no_memory_to_tell_of(make_run, tmp_path):
