@@ -8,6 +8,7 @@ file before it is used.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import math
@@ -19,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from megatron_graft.bank.fields import object_without_repeats
-from megatron_graft.errors import BankFormatError
+from megatron_graft.errors import BankError, BankFormatError
 
 PAGE_BYTES = 4096
 MAX_HEADER_BYTES = 1 << 20
@@ -79,11 +80,17 @@ def map_tensor(path: Path, entry: TensorEntry) -> np.ndarray:
     bfloat16 comes as its bits in uint16, float8 in uint8.
 
     Raises:
+        BankError: this process may open no further files; an open bank holds one for each of its tensors.
         BankFormatError: the file cannot be mapped.
     """
     try:
         mapped = np.memmap(path, mode="r", dtype=NUMPY_TYPES[entry.dtype], offset=entry.offset, shape=entry.shape)
     except (OSError, ValueError) as error:
+        if getattr(error, "errno", None) == errno.EMFILE:
+            raise BankError(
+                path, "cannot be mapped: this process has too many files open", got=error,
+                remedy="Raise the limit before the run: ulimit -n 65536.",
+            ) from error  # fmt: skip
         raise BankFormatError(path, "cannot be mapped", got=error) from error
     return np.asarray(mapped)
 

@@ -67,7 +67,7 @@ def demands(plan: RunPlan, costs: Sequence[StageCost], machine: Machine, seconds
 def _rates(
     run: RunShape, costs: Sequence[StageCost], busiest: StageCost, machine: Machine, seconds: float
 ) -> list[Demand]:
-    with_sites = max(1.0, machine.devices * len(costs) / run.pipeline)
+    with_sites = max(1.0, min(machine.devices, run.world_size) * len(costs) / run.pipeline)  # ranks of one node
     crossing = busiest.row_bytes * (_COPIES - 1) + busiest.device_bytes
     looked_up = run.micro_batch * run.sequence * run.micro_batches
     core_seconds = looked_up / machine.lookup + busiest.row_bytes / machine.gather

@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import resource
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,8 @@ import safetensors.torch
 import torch
 
 from megatron_graft.bank.tensorfile import PAGE_BYTES, map_tensor, read_header, write_tensors
-from megatron_graft.errors import BankFormatError
+from megatron_graft.errors import BankError, BankFormatError
+from tests.helpers.forked import check_in_fork
 
 COUNTS = np.arange(3, dtype=np.int64) * 2**40
 IDS = np.arange(12, dtype=np.int32).reshape(3, 4) - 1
@@ -171,3 +174,17 @@ def test_a_tensor_that_cannot_be_mapped_is_refused(tmp_path):
 def test_a_missing_file_is_refused(tmp_path):
     with pytest.raises(BankFormatError, match="cannot be read"):
         read_header(tmp_path / "nothing")
+
+
+def test_too_many_open_files_are_told_from_a_damaged_one(tmp_path: Path) -> None:
+    write_tensors(tmp_path / "file", {"a": ("F32", np.ones(4, dtype=np.float32))})
+    entry = read_header(tmp_path / "file")["a"]
+
+    def exhaust() -> None:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) + 3, 4096))
+        kept = []
+        with pytest.raises(BankError, match=r"file: cannot be mapped: this process has too many files open.*ulimit -n"):
+            for _ in range(9):
+                kept.append(map_tensor(tmp_path / "file", entry))
+
+    check_in_fork(exhaust)
