@@ -67,7 +67,6 @@ PREPARE_ARGS=(--work-dir "${WORK_DIR}")
 [ -n "${TOKENIZER_VOCAB_SIZE:-}" ] && PREPARE_ARGS+=(--vocab-size "${TOKENIZER_VOCAB_SIZE}")
 [ -n "${GRAFT_BANK}" ] && PREPARE_ARGS+=(--bank "${GRAFT_BANK}")
 [ -n "${DONOR:-}" ] && PREPARE_ARGS+=(--donor "${DONOR}")
-OWN_TOKENIZER="${TOKENIZER_MODEL:-}" # which need not be that of the bank in WORK_DIR
 TOKENIZER_MODEL="${TOKENIZER_MODEL:-${WORK_DIR}/tokenizer/tokenizer.model}"
 if [ -n "${DATA_PATH:-}" ]; then
     read -ra BLEND <<< "${DATA_PATH}"
@@ -224,14 +223,23 @@ forwarding_signals() {
     return "${status}"
 }
 
+fits_tokenizer() { # whether there is such a bank, made with this run's tokenizer
+    [ -f "$1/bank.json" ] && python -c '
+import sys
+from pathlib import Path
+from megatron_graft.bank.manifest import read_manifest
+from megatron_graft.data.tokenizer import load_tokenizer
+sys.exit(read_manifest(Path(sys.argv[1])).identity.tokenizer.fingerprint != load_tokenizer(sys.argv[2]).fingerprint)
+' "$1" "${TOKENIZER_MODEL}"
+}
+
 evaluate_and_report() { # in one process, whatever layout was trained
     unset RANK LOCAL_RANK WORLD_SIZE LOCAL_WORLD_SIZE GROUP_RANK ROLE_RANK MASTER_ADDR MASTER_PORT
     FOREIGN_DATA="${WORK_DIR}/data/foreign_text_document" # one's own text may come without it
     [ -n "${DATA_PATH:-}" ] || [ ! -f "${FOREIGN_DATA}.idx" ] || EVALUATION_DATA+=("foreign=${FOREIGN_DATA}")
     [ -z "${EVALUATION:-}" ] || read -ra EVALUATION_DATA <<< "${EVALUATION}"
     local options=(--if-finished --data "${EVALUATION_DATA[@]}")
-    if [ "${GRAFT_BANK}" = none ] && [ -f "${WORK_DIR}/bank/bank.json" ] && [ -z "${OWN_TOKENIZER}" ]; then
-        # comparable with the run that has it
+    if [ "${GRAFT_BANK}" = none ] && fits_tokenizer "${WORK_DIR}/bank"; then # comparable with the run that has it
         options+=(--classify-by "${WORK_DIR}/bank")
     fi
     forwarding_signals TERM tool evaluate "${RUN_DIR}" "${options[@]}"

@@ -229,10 +229,9 @@ def _machine(arguments: argparse.Namespace) -> Machine:
 def _bank_shape(arguments: argparse.Namespace) -> BankShape | None:
     if arguments.bank_shape is None:
         return None
-    if not 2 <= arguments.bank_max_order <= MAX_ORDER:
-        raise ConfigError(
-            "--bank-max-order", "is no n-gram's length", got=arguments.bank_max_order, expected=f"2 to {MAX_ORDER}"
-        )
+    longest = arguments.bank_max_order
+    if not 2 <= longest <= MAX_ORDER:
+        raise ConfigError("--bank-max-order", "is no n-gram's length", got=longest, expected=f"2 to {MAX_ORDER}")
     found = re.fullmatch(r"(\d+(?:\.\d*)?(?:e\+?\d+)?)x(\d+(?:,\d+)*)(?::(\w+))?", arguments.bank_shape)
     dtype = (found and found[3]) or "bfloat16"
     if found is None or dtype not in ROW_DTYPES:
@@ -248,13 +247,13 @@ def _bank_shape(arguments: argparse.Namespace) -> BankShape | None:
             expected=f"1 to {MAX_NODES} rows, widths from 1",
         )
     rows = int(given)
-    orders = range(2, arguments.bank_max_order + 1)
+    orders = range(2, longest + 1)
     size = bank_bytes(
         num_rows=rows, entries={order: rows // len(orders) for order in orders}, nodes=rows, vocab_size=1 << 17,
         widths=widths, row_dtype=dtype,
     )  # fmt: skip
     return BankShape(
-        num_rows=rows, layers=tuple(range(1, len(widths) + 1)), widths=widths, max_order=arguments.bank_max_order,
+        num_rows=rows, layers=tuple(range(1, len(widths) + 1)), widths=widths, max_order=longest,
         row_dtype=dtype, num_bytes=float(size.total),
     )  # fmt: skip
 

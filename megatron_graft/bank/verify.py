@@ -74,7 +74,7 @@ def check_scales(directory: Path, identity: Identity, layers: Mapping[int, Layer
                 wrong = np.flatnonzero(~(np.isfinite(part) & (part >= 0)))
                 if wrong.size:
                     raise BankFormatError(
-                        directory / name, f"has a scale that is none, of row {begin + wrong[0]} of the file",
+                        directory / name, f"has an impossible scale, at row {begin + wrong[0]} of the file",
                         got=part[wrong[0]], expected="a finite number, not negative",
                     )  # fmt: skip
 

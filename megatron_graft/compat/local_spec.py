@@ -30,7 +30,16 @@ class TaggedTorchNorm:
     """``torch.nn.RMSNorm`` or ``LayerNorm`` whose parameters carry Megatron's sequence-parallel tag."""
 
     def __new__(cls, config: Any, hidden_size: int, eps: float = 1e-5, **_: Any) -> torch.nn.Module:  # type: ignore[misc]
-        """Build the norm that ``config.normalization`` names, ``hidden_size`` wide."""
+        """Build the norm that ``config.normalization`` names, ``hidden_size`` wide.
+
+        Raises:
+            ConfigError: its weights are to be kept less one, which torch's norms know nothing of.
+        """
+        if config.layernorm_zero_centered_gamma:
+            raise ConfigError(
+                "--apply-layernorm-1p", "is not known to torch's norms, which --transformer-impl local has here",
+                remedy="Leave it out, or use Transformer Engine.",
+            )  # fmt: skip
         kind = torch.nn.RMSNorm if config.normalization == "RMSNorm" else torch.nn.LayerNorm
         norm = kind(hidden_size, eps=eps).to(config.params_dtype)
         for parameter in norm.parameters():
@@ -72,15 +81,7 @@ def complete_local_spec(spec: Any, config: Any) -> Any:
     Args:
         spec: Megatron's, of layers or of a block.
         config: Megatron's ``TransformerConfig``.
-
-    Raises:
-        ConfigError: the norms' weights are to be kept less one, which those of torch know nothing of.
     """
-    if config.layernorm_zero_centered_gamma:
-        raise ConfigError(
-            "--apply-layernorm-1p", "is not known to the norms of --transformer-impl local",
-            remedy="Leave it out, or use Transformer Engine.",
-        )  # fmt: skip
     replacements: dict[Any, Any] = {WrappedTorchNorm: TaggedTorchNorm}
     if _is_plain(config):
         one = config.context_parallel_size == 1

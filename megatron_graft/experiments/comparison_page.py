@@ -178,8 +178,8 @@ def text_section(summary: Summary) -> Iterable[str]:
         + ", ".join(
             f"`{name}` {text['documents']} ({text['tokens']:,} tokens)" for name, text in summary["texts"].items()
         )
-        + ". An interval over few documents is too narrow. Marks are no verdicts: of three seeds that differ by noise "
-        "alone one in four has equal signs, and nothing here is corrected for the number of cells."
+        + ". An interval over few documents is too narrow. Marks are no verdicts: three seeds that differ by noise "
+        "alone agree in sign one time in four, and nothing here is corrected for the number of cells."
     )
 
 

@@ -11,6 +11,7 @@ import os
 import platform
 import shlex
 import statistics
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -172,12 +173,16 @@ def _hit_rates(run: Run) -> dict[str, Any] | None:
         shares = {order: tokens / text["tokens"] for order, tokens in parts.items()}
         rates[_TEXT_KEYS.get(name, name)] = {"any": sum(shares.values())} | shares
     of_first = "graft/bank_1/hit_rate" if len(run.banks) > 1 else "graft/hit_rate"  # else the mean over all banks
-    trained = [
-        {"any": record[of_first]} | {order: record.get(f"{of_first}_order_{order}", 0.0) for order in orders}
-        for record in run.intervals
-    ]
+    trained = [_trained(record, of_first, orders) for record in run.intervals]
     means = {name: statistics.fmean(record[name] for record in trained) for name in trained[0]} if trained else None
     return {"training": means, **rates}
+
+
+def _trained(record: Mapping[str, Any], prefix: str, orders: list[str]) -> dict[str, float]:
+    """Shares of an interval, in all and by order; what is told of no order is that of single tokens."""
+    shares = {order: record[f"{prefix}_order_{order}"] for order in orders if order != "1"}
+    matched = record[prefix]
+    return {"any": matched} | ({"1": matched - sum(shares.values())} if "1" in orders else {}) | shares
 
 
 def _coverage(run: Run, orders: list[str]) -> dict[str, dict[str, float]]:

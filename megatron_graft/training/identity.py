@@ -100,7 +100,7 @@ def check_checkpoint_identity(
             )  # fmt: skip
         args.dist_ckpt_strictness = "log_all"
         return
-    adopt = "or add --graft-adopt-checkpoint to start from its other parameters"
+    adopt = "or start from its other parameters: --graft-adopt-checkpoint, with it as --pretrained-checkpoint"
     if saved is None or identity is None:
         raise IdentityError(
             checkpoint.flag, "was trained with a memory" if saved else "was trained without a memory",

@@ -159,7 +159,6 @@ def _hit_rates(prefix: str, orders: np.ndarray) -> dict[str, float]:
     """Shares of positions that match, in all and by length of the match, from their counts (entry 0: misses)."""
     positions = max(1.0, float(orders.sum()))
     rates = {f"{prefix}/hit_rate": 1 - float(orders[0]) / positions}
-    shortest = 1 if len(orders) > 1 and orders[1] else 2  # few banks hold single tokens
     return rates | {
-        f"{prefix}/hit_rate_order_{order}": float(orders[order]) / positions for order in range(shortest, len(orders))
+        f"{prefix}/hit_rate_order_{order}": float(orders[order]) / positions for order in range(2, len(orders))
     }

@@ -282,10 +282,14 @@ REFUSED_DATA = (
         why="the iterator is megatron-graft's own",
     ),
     Refused(
-        dimension="skipped iterations with tensor parallel or an interleaved pipeline", flag="--iterations-to-skip",
+        dimension="skipped iterations with tensor or context parallel or an interleaved pipeline",
+        flag="--iterations-to-skip",
         applies=lambda args: args.iterations_to_skip
-        and (args.tensor_model_parallel_size > 1 or args.virtual_pipeline_model_parallel_size),
-        why="Megatron then draws the batches of the first tensor-parallel rank alone, and each rank here has its own",
+        and (
+            max(args.tensor_model_parallel_size, args.context_parallel_size) > 1
+            or args.virtual_pipeline_model_parallel_size
+        ),
+        why="Megatron then draws the batches of some ranks alone and cuts them itself, and each rank here has its own",
         remedy="Leave it out, and --result-rejected-tracker-filename, which adds to it.",
     ),
     Refused(

@@ -135,8 +135,8 @@ _UNSPLIT_BYTES = 18  # of a parameter, in Megatron's formula where optimizer sta
 def _backbone_state(args: argparse.Namespace) -> float:
     """Parameters and gradients, and optimizer state, of which ranks that hold the same parameters share the work.
 
-    Megatron's own formula knows how many parameters there are; it splits all of them over data-parallel ranks, while
-    its optimizer splits dense ones over data- and context-parallel ranks, and experts over those that hold the same.
+    Megatron's own formula tells how many parameters there are. Their bytes are counted here: it knows no float32, and
+    splits dense ones over data-parallel ranks, while the optimizer splits them over context-parallel ones as well.
     """
     unsplit = copy.copy(args)
     unsplit.use_distributed_optimizer = False

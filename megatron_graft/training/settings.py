@@ -82,7 +82,7 @@ class GraftSettings:
         lookup: implementation of lookup and hashing.
         look_ahead: micro-batches that may wait ready, or None for those of one step, 4 at most.
         verify_every: compare with the reference path every so many steps; 0 never.
-        adopt_checkpoint: let ``--load`` read a checkpoint of another memory, or of none.
+        adopt_checkpoint: begin from the weights of a checkpoint of another memory, or of none.
         allow_raw_bank: accept a bank whose rows were not normalised.
         verify_bank: how deeply to check the banks before training.
         bank_rows: use a bank's so many most frequent n-grams only, or None for all.

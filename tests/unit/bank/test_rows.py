@@ -98,7 +98,7 @@ def test_scales_that_are_none_are_found_by_reading_all(banks, wrong):
     write_tensors(banks / "int8" / rows_name(20, 1, 2), {"scales": ("F32", scales), "rows": quantised(2, 4)})
     refit_manifest(banks / "int8")
     open_bank(banks / "int8", verify="sample")
-    with pytest.raises(BankFormatError, match=r"layer-20.*has a scale that is none, of row 1 of the file"):
+    with pytest.raises(BankFormatError, match=r"layer-20.*has an impossible scale, at row 1 of the file"):
         open_bank(banks / "int8", verify="full")
 
 

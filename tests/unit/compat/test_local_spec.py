@@ -77,7 +77,10 @@ def test_core_attention_gives_what_the_stock_one_gives(changes: dict[str, Any]) 
 
 def refusal_of_centred_weights() -> str:
     try:
-        core_attention_of(layernorm_zero_centered_gamma=True)
+        config, _ = core_attention_of(layernorm_zero_centered_gamma=True)
+        from megatron_graft.compat.local_spec import TaggedTorchNorm
+
+        TaggedTorchNorm(config, 8)
     except Exception as error:
         return f"{type(error).__name__}: {error}"
     return "none"

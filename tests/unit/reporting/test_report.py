@@ -65,12 +65,17 @@ def test_coverage_tells_of_texts_that_were_not_evaluated(make_run):
     assert "foreign" not in write_report(run)["hit_rate"]
 
 
+FIRST = {"": 0.9, "_order_2": 0.7, "_order_3": 0.1}
+
+
 def test_of_several_banks_the_hit_rate_in_training_is_the_firsts_too(make_run):
     """As in evaluation; without a number it is the mean over all."""
     run = read_run(make_run("graft"))
-    first = [record | {"graft/bank_1/hit_rate": 0.9, "graft/bank_1/hit_rate_order_2": 0.9} for record in run.metrics]
+    first = [record | {f"graft/bank_1/hit_rate{of}": rate for of, rate in FIRST.items()} for record in run.metrics]
     several = replace(run, banks=run.banks * 2, metrics=tuple(first))
-    assert figures._hit_rates(several)["training"] == pytest.approx({"any": 0.9, "2": 0.9, "3": 0.0})
+    assert figures._hit_rates(several)["training"] == pytest.approx({"any": 0.9, "2": 0.7, "3": 0.1})
+    single = figures._trained(first[-1], "graft/bank_1/hit_rate", ["1", "2", "3"])
+    assert single == pytest.approx({"any": 0.9, "1": 0.1, "2": 0.7, "3": 0.1})
 
 
 def test_a_stock_run_has_no_memory_to_tell_of(make_run, tmp_path):

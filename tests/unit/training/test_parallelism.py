@@ -59,6 +59,7 @@ ASKED: dict[str, list[dict[str, Any]]] = {
     ],
     "--iterations-to-skip": [
         {"iterations_to_skip": [3], "tensor_model_parallel_size": 2, "sequence_parallel": True},
+        {"iterations_to_skip": [3], "context_parallel_size": 2},
         {"iterations_to_skip": [3], "virtual_pipeline_model_parallel_size": 2},
     ],
     "--mtp-num-layers": [
