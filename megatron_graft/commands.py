@@ -34,6 +34,15 @@ def value_of(flag: str, arguments: Iterable[str]) -> str | None:
     return value
 
 
+def is_number(word: str) -> bool:
+    """Whether a word of a command is a number, as the weights of a blend are."""
+    try:
+        float(word)
+    except ValueError:
+        return False
+    return True
+
+
 def run_command(body: Callable[[], None]) -> int:
     """Run ``body``; return 0, or print ``error: ...`` on stderr and return :data:`EXIT_BAD_INPUT`."""
     try:

@@ -16,7 +16,7 @@ if __package__ in (None, ""):  # run as a file from a checkout
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from megatron_graft.bank.reader import open_bank
-from megatron_graft.commands import run_command
+from megatron_graft.commands import is_number, run_command
 from megatron_graft.data.preprocess import is_complete
 from megatron_graft.data.tokenizer import load_tokenizer
 from megatron_graft.errors import ConfigError, DataError, GraftError, IdentityError
@@ -148,7 +148,7 @@ class Preparation:
 
 def _check_data(blend: list[str]) -> None:
     for item in blend:
-        if _is_number(item):  # a weight
+        if is_number(item):  # a weight
             continue
         for path in (Path(f"{item}.bin"), Path(f"{item}.idx")):
             if not path.is_file():
@@ -156,14 +156,6 @@ def _check_data(blend: list[str]) -> None:
                     f"--data-path {item}", f"has no {path.name}", expected="the prefix of a Megatron data set",
                     remedy="Leave out .bin and .idx, or make it with tools/preprocess_data.py.",
                 )  # fmt: skip
-
-
-def _is_number(word: str) -> bool:
-    try:
-        float(word)
-    except ValueError:
-        return False
-    return True
 
 
 def _tool(name: str) -> list[str]:

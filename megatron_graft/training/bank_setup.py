@@ -10,6 +10,7 @@ from typing import Any
 
 from megatron_graft.bank.node_copy import node_copy
 from megatron_graft.bank.reader import Bank, open_bank
+from megatron_graft.commands import is_number
 from megatron_graft.data.sidecar import read_sidecar
 from megatron_graft.data.tokenizer import TextTokenizer, load_tokenizer
 from megatron_graft.errors import BankError, ConfigError, IdentityError
@@ -116,7 +117,7 @@ def data_prefixes(args: argparse.Namespace) -> list[str]:
     if args.per_split_data_args_path is not None:
         by_split = _read("--per-split-data-args-path", args.per_split_data_args_path, json.loads)
         blends += [blend.split() if isinstance(blend, str) else blend for blend in by_split.values()]
-    return list(dict.fromkeys(str(item) for blend in blends for item in blend or [] if not _is_number(str(item))))
+    return list(dict.fromkeys(str(item) for blend in blends for item in blend or [] if not is_number(str(item))))
 
 
 def _read(flag: str, path: str, parse: Callable[[str], Any]) -> Any:
@@ -124,11 +125,3 @@ def _read(flag: str, path: str, parse: Callable[[str], Any]) -> Any:
         return parse(Path(path).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ConfigError(flag, f"cannot be read: {error}", got=path) from error
-
-
-def _is_number(text: str) -> bool:
-    try:
-        float(text)
-    except ValueError:
-        return False
-    return True
